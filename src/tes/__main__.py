@@ -1,0 +1,3 @@
+from tes.cli import main
+
+main()

@@ -1,0 +1,57 @@
+"""The model card of a run: what it is, how it was made, how well it does, how to use it. Markdown, offline."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+from tes.config import Config
+from tes.data.classes_file import ClassInfo
+
+
+def model_card(config: Config, classes: list[ClassInfo], summary: dict[str, Any], citation: str) -> str:
+    """Return README.md of a run folder."""
+    names = [_plain(info.name) for info in classes]
+    shown = ", ".join(names[:20]) + (f" and {len(names) - 20} more" if len(names) > 20 else "")
+    refit = summary["refit"]
+    trained = "the head alone" if config.train == "head" else "all weights"
+    lines = [
+        f"# {_plain(summary['data'])}: {len(classes)} classes",
+        "",
+        f"An image classifier fine-tuned with [tes](https://arxiv.org/abs/2304.01489), arm `{summary['arm']}` from the"
+        f" start `{summary['start']}`; backbone `{_plain(config.backbone.name)}`, {trained} trained. It needs no"
+        " text at inference.",
+        "",
+        f"Classes: {shown}.",
+        "",
+        "## Figures",
+        "",
+        f"{summary['num_train']} training, {summary['num_val']} validation, {summary['num_test']} test images; seed"
+        f" {config.seed}. Hyper-parameters were not chosen on the test split.",
+    ]
+    if refit != "none":
+        lines.append(f"The shipped weights were trained once more on {refit}; the figures are those before this refit.")
+    lines += ["", "| split | head | top-1 | mean per class | macro F1 | NLL | ECE |", "|---|---|---|---|---|---|---|"]
+    for split, heads in summary["metrics"].items():
+        for head, figures in heads.items():
+            lines.append(
+                f"| {split} | {head} | {figures['top1']:.1%} | {figures['mean_per_class']:.1%}"
+                f" | {figures['macro_f1']:.1%} | {figures['nll']:.3f} | {figures['ece']:.3f} |"
+            )
+    lines += [
+        "",
+        "## Use",
+        "",
+        "```\ntes predict THIS_FOLDER photo.jpg\n```",
+        "",
+        "`model.safetensors` holds backbone and head, `preprocess.json` and `classes.json` how to feed and read it,",
+        "`config.yaml` all settings.",
+    ]
+    if citation:
+        lines += ["", f"Method: {citation}."]
+    return "\n".join(lines) + "\n"
+
+
+def _plain(text: str) -> str:
+    """Keep names that a stranger chose from being read as Markdown or HTML."""
+    return re.sub(r"([\\`*_{}\[\]<>()#+!|])", r"\\\1", " ".join(str(text).split()))

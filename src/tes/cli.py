@@ -1,0 +1,350 @@
+"""The command line: verbs parse, call one function each, and print. Heavy imports happen inside the verbs.
+
+Exit codes: 0 done, 1 a bug of ours, 2 the user's input or environment, 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import json
+import os
+import sys
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from tes import __version__
+from tes.errors import TesError
+
+app = typer.Typer(
+    name="tes",
+    help="Fine-tune a pre-trained vision model on your labelled images, with the class names' text as supervision.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+class Kind(StrEnum):
+    """What `tes list` lists."""
+
+    backbones = "backbones"
+    objectives = "objectives"
+    encoders = "encoders"
+    sources = "sources"
+
+
+Data = Annotated[
+    str, typer.Argument(metavar="DATA", help="A folder of class folders, or a CSV: path,label[,split][,group].")
+]
+Classes = Annotated[
+    str | None, typer.Option(metavar="FILE", help="Names, descriptions or prompts per class (JSON, YAML, CSV).")
+]
+OnlyClasses = Annotated[
+    str | None, typer.Option(metavar="A,B,C", help="Keep these classes alone; or a file, one a line.")
+]
+Text = Annotated[
+    str | None, typer.Option("--text", help="minilm, bert:ID, clip:ID, file:PATH (ID: Hub name or folder).")
+]
+BackboneName = Annotated[str | None, typer.Option(help="lite0, a timm name, or package.module:factory.")]
+Checkpoint = Annotated[str | None, typer.Option(metavar="FILE", help="Local weights (.safetensors, .pth).")]
+Shots = Annotated[str | None, typer.Option(metavar="K", help="Training images per class, drawn by --seed; or `all`.")]
+Fraction = Annotated[float | None, typer.Option(help="Share of each class's training images, in place of --shots.")]
+Size = Annotated[int | None, typer.Option(help="Side of the images in pixels.")]
+Device = Annotated[str | None, typer.Option(help="cpu, cuda, mps; default: the best there is.")]
+Seed = Annotated[int | None, typer.Option(help="Draws the shots, the initialisation and the order.")]
+ConfigFile = Annotated[
+    Path | None, typer.Option("--config", metavar="FILE", help="Settings as YAML; flags override it.")
+]
+Assignments = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="A.B=C", help="Any setting by its key; overrides flags. Repeatable."),
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON value on stdout.")]
+RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="A run folder that `tes train` wrote.")]
+
+
+@app.callback(invoke_without_command=True)
+def _root(version: Annotated[bool, typer.Option("--version", help="Print the version and leave.")] = False) -> None:
+    if version:
+        print(__version__)
+        raise typer.Exit
+
+
+@app.command()
+def train(
+    data: Data,
+    objective: Annotated[
+        str | None, typer.Option(help="tes, ce, label_smoothing; or NAME@PRESET, as in tes@paper.")
+    ] = None,
+    train: Annotated[str | None, typer.Option(help="head (solved in seconds) or all; default: all on a GPU.")] = None,
+    start: Annotated[str | None, typer.Option(help="What the head starts from: auto, random, probe.")] = None,
+    shots: Shots = None,
+    fraction: Fraction = None,
+    classes: Classes = None,
+    only_classes: OnlyClasses = None,
+    backbone: BackboneName = None,
+    checkpoint: Checkpoint = None,
+    text: Text = None,
+    size: Size = None,
+    lr: Annotated[float | None, typer.Option(help="Learning rate of the backbone.")] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Images per step.")] = None,
+    epochs: Annotated[float | None, typer.Option(help="Passes over the training images.")] = None,
+    precision: Annotated[str | None, typer.Option(help="auto, fp32, bf16.")] = None,
+    refit: Annotated[str | None, typer.Option(help="Once more on: none, trainval, all. Default: auto.")] = None,
+    seed: Seed = None,
+    device: Device = None,
+    workers: Annotated[int | None, typer.Option(help="Processes that read images.")] = None,
+    partial: Annotated[bool, typer.Option("--partial", help="Accept a subset of a task's official list.")] = False,
+    out: Annotated[str | None, typer.Option(help="Run folder; default: runs/<data>-<arm>-<n>.")] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the run in --out.")] = False,
+    config: ConfigFile = None,
+    assignments: Assignments = None,
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+) -> None:
+    """Fine-tune on a folder or CSV of images; writes a run folder with the model, predictions and metrics."""
+    flags = {
+        "data.source": data,
+        **_data_flags(classes, only_classes, shots, fraction),
+        "data.partial": partial or None,
+        "objective": objective,
+        "train": train,
+        "start": start,
+        "backbone.name": backbone,
+        "backbone.checkpoint": checkpoint,
+        "text.encoder": text,
+        "image.size": size,
+        "optim.learning_rate": lr,
+        "optim.batch_size": batch_size,
+        "optim.num_epochs": epochs,
+        "precision": precision,
+        "refit": refit,
+        "seed": seed,
+        "device": device,
+        "num_workers": workers,
+        "out": out,
+    }
+    from tes.config import load_config
+
+    settings = load_config(config, flags, assignments or [])
+    from tes.verbs.train import train as train_run
+
+    run = train_run(settings, overwrite=overwrite)
+    print(_metrics_table(run.metrics))
+    print(f"\nrun folder: {run.path}")
+    print("next:")
+    print(f"  tes predict {run.path} PHOTO_OR_FOLDER                 # classify new images, no text needed")
+    print(f"  tes evaluate {run.path} --data OTHER_FOLDER            # score it on other labelled images")
+    other = "ce" if settings.objective.name != "ce" else "tes"
+    shots_flag = f" --shots {shots}" if shots else ""
+    print(f"  tes train {data} --objective {other}{shots_flag}   # the same with `{other}`, to compare")
+
+
+@app.command()
+def evaluate(
+    run: RunFolder,
+    split: Annotated[str, typer.Option(help="val or test.")] = "test",
+    data: Annotated[
+        str | None, typer.Option(help="Score another labelled folder or CSV; classes are matched by name.")
+    ] = None,
+    backbone: BackboneName = None,
+    as_json: AsJson = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+) -> None:
+    """Print a run's metrics: of its saved predictions, or on another labelled data set."""
+    from tes.verbs.evaluate import evaluate as evaluate_run
+
+    result = evaluate_run(run, split, data_source=data, backbone=backbone)
+    if as_json:
+        print(json.dumps(result, ensure_ascii=False))
+    else:
+        print(f"{result.get('data', result['split'])}: {result['num_samples']} images")
+        print(_metrics_table({result["split"]: result["heads"]}))
+
+
+@app.command()
+def predict(
+    run: RunFolder,
+    paths: Annotated[list[Path], typer.Argument(metavar="IMAGE...", help="Image files and folders.")],
+    backbone: BackboneName = None,
+    as_json: AsJson = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+) -> None:
+    """Classify images: CSV rows path,label,prob,top5 on stdout. A file that cannot be read is a row with the reason."""
+    from tes.verbs.predict import Classifier, image_files
+
+    files = image_files(paths)
+    classifier = Classifier.from_run(run, backbone=backbone)
+    failed = 0
+    rows = []
+    table = csv.writer(sys.stdout, lineterminator="\n")
+    if not as_json:
+        table.writerow(["path", "label", "prob", "top5", "reason"])
+    for row in classifier.predict(files):
+        failed += row.reason is not None
+        if as_json:
+            rows.append(dataclasses.asdict(row))
+        else:
+            top5 = "; ".join(f"{label} {prob:.4f}" for label, prob in row.top5)
+            table.writerow([row.path, row.label, "" if row.prob is None else f"{row.prob:.4f}", top5, row.reason or ""])
+    if as_json:
+        print(json.dumps(rows, ensure_ascii=False))
+    if failed:
+        print(f"{failed} of {len(files)} files could not be read", file=sys.stderr)
+
+
+@app.command()
+def text(
+    data: Data,
+    classes: Classes = None,
+    only_classes: OnlyClasses = None,
+    text: Text = None,
+    config: ConfigFile = None,
+    assignments: Assignments = None,
+    as_json: AsJson = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+) -> None:
+    """Show what the text encoder makes of the class names: prompts, neighbours, duplicates, and what that means."""
+    from tes.config import load_config
+
+    flags = {"data.source": data, **_data_flags(classes, only_classes, None, None), "text.encoder": text}
+    settings = load_config(config, flags, assignments or [])
+    from tes import data as data_room
+    from tes import text as text_room
+
+    infos = data_room.load_classes(settings.data)
+    classifier = text_room.build(infos, settings.text, centre=settings.text.centre is not False)
+    report = text_room.text_report(classifier, infos)
+    print(json.dumps(report, ensure_ascii=False) if as_json else text_room.render(report))
+
+
+@app.command()
+def check(
+    data: Data,
+    classes: Classes = None,
+    only_classes: OnlyClasses = None,
+    shots: Shots = None,
+    fraction: Fraction = None,
+    objective: Annotated[str | None, typer.Option(help="tes, ce, label_smoothing.")] = None,
+    backbone: BackboneName = None,
+    checkpoint: Checkpoint = None,
+    text: Text = None,
+    size: Size = None,
+    seed: Seed = None,
+    device: Device = None,
+    config: ConfigFile = None,
+    assignments: Assignments = None,
+    as_json: AsJson = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+) -> None:
+    """Do everything but the training: counts, imbalance, bad images, duplicates, class texts, one batch forward."""
+    from tes.config import load_config
+
+    flags = {
+        "data.source": data,
+        **_data_flags(classes, only_classes, shots, fraction),
+        "objective": objective,
+        "backbone.name": backbone,
+        "backbone.checkpoint": checkpoint,
+        "text.encoder": text,
+        "image.size": size,
+        "seed": seed,
+        "device": device,
+    }
+    settings = load_config(config, flags, assignments or [])
+    from tes.verbs.check import check as check_data
+    from tes.verbs.check import render
+
+    result = check_data(settings)
+    print(json.dumps(result, ensure_ascii=False) if as_json else render(result))
+
+
+@app.command("list")
+def list_(kind: Annotated[Kind, typer.Argument(help="What to list.")], as_json: AsJson = False) -> None:
+    """List what can be chosen by name."""
+    from tes.catalogue import available
+
+    names = available(kind.value)
+    print(json.dumps(names) if as_json else "\n".join(names))
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option(help="Where the images and runs go.")] = Path("tes-demo"),
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+) -> None:
+    """Run the whole job on images drawn by code: no download, no network, under two minutes on two cores."""
+    from tes.verbs.demo import demo as run_demo
+
+    print(run_demo(out))
+
+
+def main() -> None:
+    """Run the command line; turn every error into one sentence and an exit code."""
+    debug = "--debug" in sys.argv
+    try:
+        code = app(standalone_mode=False)
+        sys.stdout.flush()
+    except typer.Exit as left:
+        code = left.exit_code
+    except typer.Abort:
+        code = _fail("interrupted", 130)
+    except KeyboardInterrupt:
+        code = _fail("interrupted", 130)
+    except BrokenPipeError:  # `tes predict … | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 0
+    except TesError as problem:
+        if debug:
+            raise
+        code = _fail(f"error: {problem}", 2)
+    except OSError as problem:
+        if debug:
+            raise
+        where = f" ({problem.filename})" if problem.filename else ""
+        code = _fail(f"error: {problem.strerror or problem}{where}", 2)
+    except Exception as problem:
+        if hasattr(problem, "format_message"):  # how the command-line parser says that a flag is wrong
+            message = problem.format_message()  # empty where it has shown the help instead
+            code = _fail(f"error: {message} Try `tes --help`.", 2) if message else 2
+        elif debug:
+            raise
+        else:
+            what = f"{type(problem).__name__}: {problem}"
+            code = _fail(f"error: this is a bug in tes ({what}). Run again with --debug and report it.", 1)
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+def _fail(message: str, code: int) -> int:
+    print(message, file=sys.stderr)
+    return code
+
+
+def _data_flags(
+    classes: str | None, only_classes: str | None, shots: str | None, fraction: float | None
+) -> dict[str, Any]:
+    return {
+        "data.classes": classes,
+        "data.only_classes": None if only_classes is None else [part.strip() for part in only_classes.split(",")],
+        "data.shots": None if shots in (None, "all") else shots,
+        "data.fraction": fraction,
+    }
+
+
+def _metrics_table(metrics: dict[str, Any]) -> str:
+    columns = ("top1", "top5", "mean_per_class", "macro_f1", "nll", "ece", "coarse_top1")
+    shown = [name for name in columns if any(name in heads[head] for heads in metrics.values() for head in heads)]
+    lines = [f"{'split':6}{'head':8}" + "".join(f"{name:>16}" for name in shown)]
+    for split, heads in metrics.items():
+        for head, figures in heads.items():
+            cells = []
+            for name in shown:
+                value = figures.get(name)
+                plain = name in ("nll", "ece")
+                cells.append("-" if value is None else f"{value:.3f}" if plain else f"{value:.1%}")
+            lines.append(f"{split:6}{head:8}" + "".join(f"{cell:>16}" for cell in cells))
+    return "\n".join(lines)

@@ -1,0 +1,351 @@
+"""Every setting of a run: typed, frozen, checked as a whole before anything is loaded.
+
+A value comes from, in rising order: the default below, the objective's preset, the YAML file, a flag, `--set a.b=c`.
+`None` means "decide for me": the job resolves it, prints it with its reason and saves the resolved copy in the run.
+"""
+
+from __future__ import annotations
+
+import types
+import typing
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, SerializeAsAny, ValidationError, model_validator
+
+from tes.errors import ConfigError, did_you_mean
+
+Fraction = Annotated[float, Field(gt=0, le=1)]
+Triple = tuple[float, float, float]
+
+
+class Settings(BaseModel):
+    """Base of all settings: frozen, no unknown keys."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, protected_namespaces=())
+
+
+class DataConfig(Settings):
+    """Which images, which of them are trained on, and what the classes are called."""
+
+    source: str = Field(description="a folder of class folders, or a CSV with the columns path,label[,split][,group]")
+    classes: str | None = Field(None, description="JSON, YAML or CSV with names, descriptions or prompts per class")
+    only_classes: tuple[str, ...] | None = Field(None, description="keep these classes alone")
+    shots: Annotated[int, Field(ge=1)] | None = Field(None, description="training images per class; None: all")
+    fraction: Fraction | None = Field(None, description="share of each class's training images to use")
+    split_seed: int = Field(0, description="fixes the test and val images that are carved from train")
+    max_unreadable: Annotated[int, Field(ge=0)] | None = Field(
+        None, description="more unreadable images than this stop the run; None: the larger of 3 and 1 %"
+    )
+    partial: bool = Field(False, description="accept a subset of a task's official list")
+
+    @model_validator(mode="after")
+    def _one_subset(self) -> DataConfig:
+        if self.shots is not None and self.fraction is not None:
+            raise ValueError("`shots` and `fraction` both choose a subset; give one of them")
+        return self
+
+
+class BackboneConfig(Settings):
+    """The pre-trained network whose pooled feature the head reads."""
+
+    name: str = Field("lite0", description="lite0, a timm name, or package.module:factory")
+    kwargs: dict[str, Any] = Field(default_factory=dict, description="keyword arguments of the network's constructor")
+    checkpoint: str | None = Field(
+        None, description="local weights (.safetensors, .pth); None: the Hub's for a timm name"
+    )
+    source_head: str | None = Field(None, description="name of the linear layer that classified the source classes")
+    source_classes: str | None = Field(None, description="imagenet1k, cifar10, or a text file with one name a line")
+
+    @model_validator(mode="after")
+    def _no_loading_by_keyword(self) -> BackboneConfig:
+        # timm would read files, or fetch and unpickle, on the word of these: weights come through `checkpoint` alone.
+        reserved = {
+            "pretrained",
+            "checkpoint_path",
+            "pretrained_cfg",
+            "pretrained_cfg_overlay",
+            "num_classes",
+            "cache_dir",
+        }
+        if wrong := sorted(reserved & self.kwargs.keys()):
+            raise ValueError(f"`{wrong[0]}` is not for `kwargs`; weights are named by `backbone.checkpoint`")
+        return self
+
+
+class TextConfig(Settings):
+    """How class names become the rows of the text classifier."""
+
+    encoder: str = Field("minilm", description="minilm, bert:ID, clip:ID (Hub name or local folder), file:PATH")
+    templates: Annotated[tuple[str, ...], Field(min_length=1)] | None = Field(
+        None, description="prompts with {} for the name, averaged; None: `a photo of a {}`"
+    )
+    centre: bool | None = Field(None, description="subtract the mean row; None: yes")
+    pooling: Literal["mean", "cls"] | None = Field(None, description="of a bert encoder's tokens; None: mean")
+    mix: bool = Field(
+        False, description="average descriptions and templates, where otherwise descriptions replace them"
+    )
+
+
+class ObjectiveConfig(Settings):
+    """Base of the objectives' own settings. `presets` maps a preset's name to the values it gives, by dotted key."""
+
+    presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
+
+    name: str
+    preset: str | None = Field(None, description="a named set of values, for example the authors' own")
+
+
+class OptimConfig(Settings):
+    """The optimiser and its budget. `head_penalty` alone matters with `train: head`, which is solved, not stepped."""
+
+    name: Literal["sgd", "adamw"] = Field("sgd", description="SGD with Nesterov momentum, or AdamW")
+    learning_rate: Annotated[float, Field(gt=0)] | None = Field(
+        None, description="of the backbone; None: 0.01 sgd, 0.0001 adamw"
+    )
+    head_learning_rate: Annotated[float, Field(gt=0)] | None = Field(
+        None, description="of the vision head and the objective's own parameters; None: see engine/optim.py"
+    )
+    momentum: Annotated[float, Field(ge=0, lt=1)] = Field(0.9, description="of sgd")
+    weight_decay: Annotated[float, Field(ge=0)] = Field(1e-4, description="on weights, not on biases and norms")
+    head_penalty: Annotated[float, Field(gt=0)] = Field(
+        0.3, description="penalty/N on the squared norm of a solved head"
+    )
+    batch_size: Annotated[int, Field(ge=2)] = 32
+    accumulate: Annotated[int, Field(ge=1)] = Field(1, description="micro-batches that one batch is split into")
+    num_steps: Annotated[int, Field(ge=1)] | None = Field(None, description="the budget; None: from num_epochs")
+    num_epochs: Annotated[float, Field(gt=0)] | None = Field(None, description="the budget in passes; None: 20")
+    warmup: Annotated[float, Field(ge=0, lt=1)] = Field(
+        0.0, description="share of the steps with a rising learning rate"
+    )
+    clip_norm: Annotated[float, Field(gt=0)] | None = Field(
+        None, description="largest norm of the gradient; None: no limit"
+    )
+    freeze_norms: bool | None = Field(
+        None, description="keep batch norms at their pre-trained statistics; None: see engine/optim.py"
+    )
+
+    @model_validator(mode="after")
+    def _consistent(self) -> OptimConfig:
+        if self.num_steps is not None and self.num_epochs is not None:
+            raise ValueError("`num_steps` and `num_epochs` both set the budget; give one of them")
+        if self.batch_size % self.accumulate:
+            raise ValueError(f"`accumulate` {self.accumulate} does not divide `batch_size` {self.batch_size}")
+        return self
+
+
+class ImageConfig(Settings):
+    """How an image becomes a tensor. None: as the weights were trained."""
+
+    size: Annotated[int, Field(ge=8, le=2048)] | None = Field(None, description="side in pixels")
+    crop_fraction: Fraction | None = Field(None, description="central share of the image that is kept at test time")
+    mean: Triple | None = Field(None, description="of red, green, blue, in 0..1")
+    std: tuple[Annotated[float, Field(gt=0)], Annotated[float, Field(gt=0)], Annotated[float, Field(gt=0)]] | None = (
+        None
+    )
+    interpolation: Literal["bilinear", "bicubic"] | None = None
+
+
+class AugmentConfig(Settings):
+    """What happens to a training image, at random."""
+
+    policy: Literal["auto", "none", "resized_crop", "padded_crop"] = Field(
+        "auto", description="auto: padded_crop up to 64 px, else resized_crop"
+    )
+    min_scale: Fraction = Field(0.25, description="smallest share of the image's area that a resized_crop keeps")
+    flip: bool = Field(True, description="mirror half of the images; switch it off where left and right differ")
+
+
+class Config(Settings):
+    """One run, whole."""
+
+    data: DataConfig
+    objective: SerializeAsAny[ObjectiveConfig]
+    backbone: BackboneConfig = BackboneConfig()
+    text: TextConfig = TextConfig()
+    start: Literal["auto", "random", "probe"] | None = Field(
+        None, description="what the vision head starts from; None: auto for tes, probe for every other objective"
+    )
+    train: Literal["auto", "head", "all"] = Field("auto", description="auto: all on an accelerator, else head")
+    optim: OptimConfig = OptimConfig()
+    image: ImageConfig = ImageConfig()
+    augment: AugmentConfig = AugmentConfig()
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    memory_format: Literal["auto", "contiguous", "channels_last"] = "auto"
+    refit: Literal["auto", "none", "trainval", "all"] = Field(
+        "auto", description="train once more, on val (and test) too"
+    )
+    seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
+    num_workers: Annotated[int, Field(ge=0)] | None = Field(
+        None, description="processes that read images; None: 0 on CPU"
+    )
+    out: str | None = Field(None, description="the run folder; None: runs/<data>-<arm>-<n>")
+
+    @property
+    def arm(self) -> str:
+        """The run's arm as a comparison writes it: `NAME[@PRESET][+START]`."""
+        preset = f"@{self.objective.preset}" if self.objective.preset else ""
+        return self.objective.name + preset + (f"+{self.start}" if self.start else "")
+
+    def replace(self, values: Mapping[str, Any]) -> Config:
+        """Return a copy in which the dotted keys of `values` are set."""
+        tree = self.model_dump()
+        for key, value in values.items():
+            _assign(tree, key, value)
+        return _validate(tree)
+
+    def to_yaml(self) -> str:
+        """Return the settings as YAML that `load_config` reads back."""
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def load_config(
+    file: str | Path | None = None, flags: Mapping[str, Any] | None = None, assignments: Iterable[str] = ()
+) -> Config:
+    """Read, merge and check all settings.
+
+    Args:
+        file: A YAML file with the keys of `Config`.
+        flags: Dotted key to value; None values are left out (the flag was not given).
+        assignments: "a.b=c" as given to `--set`; the value is read as YAML.
+
+    Raises:
+        ConfigError: All mistakes at once, each with its key.
+    """
+    tree: dict[str, Any] = _read_yaml(Path(file)) if file is not None else {}
+    for key, value in (flags or {}).items():
+        if value is not None:
+            _assign(tree, key, value)
+    for assignment in assignments:
+        key, equals, text = assignment.partition("=")
+        if not equals:
+            raise ConfigError(f"`--set {assignment}` has no `=`; write it as `--set optim.batch_size=64`.")
+        try:
+            _assign(tree, key.strip(), yaml.safe_load(text))
+        except yaml.YAMLError as problem:
+            raise ConfigError(f"The value in `--set {assignment}` is not valid YAML: {_first_line(problem)}.") from None
+    return _validate(_with_preset(tree))
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(f"There is no config file `{path}`.") from None
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as problem:
+        raise ConfigError(f"The config file `{path}` cannot be read: {_first_line(problem)}.") from None
+    if tree is None:
+        return {}
+    if not isinstance(tree, dict):
+        raise ConfigError(f"The config file `{path}` must hold keys and values, for example `seed: 1`.")
+    return tree
+
+
+def _first_line(problem: Exception) -> str:
+    return " ".join(str(problem).split())
+
+
+def _assign(tree: dict[str, Any], key: str, value: Any) -> None:
+    *parents, last = key.split(".")
+    for parent in parents:
+        below = tree.setdefault(parent, {})
+        if parent == "objective" and isinstance(below, str):
+            below = tree[parent] = _split_objective(below)
+        if not isinstance(below, dict):
+            raise ConfigError(f"`{key}`: `{parent}` is a single value and has no keys below it.")
+        tree = below
+    if key == "objective" and isinstance(value, str) and isinstance(tree.get("objective"), dict):
+        value = tree["objective"] | _split_objective(value)
+    tree[last] = value
+
+
+def _split_objective(text: str) -> dict[str, Any]:
+    name, at, preset = text.partition("@")
+    return {"name": name} | ({"preset": preset} if at else {})
+
+
+def _with_preset(tree: dict[str, Any]) -> dict[str, Any]:
+    """Fill in what the objective's preset gives and nobody has set by hand."""
+    objective = tree.get("objective", "tes")
+    tree["objective"] = _split_objective(objective) if isinstance(objective, str) else objective
+    if not isinstance(tree["objective"], dict):
+        raise ConfigError("`objective` must be a name such as `tes`, or keys such as `name: tes`.")
+    tree["objective"].setdefault("name", "tes")
+    name, preset = tree["objective"]["name"], tree["objective"].get("preset")
+    if preset is None:
+        return tree
+    presets = _objective_settings(name).presets
+    if preset not in presets:
+        known = f"It has: {', '.join(presets)}." if presets else "It has none."
+        raise ConfigError(
+            f"`objective`: `{name}` has no preset `{preset}`.{did_you_mean(str(preset), presets)} {known}"
+        )
+    for key, value in presets[preset].items():
+        branch = tree
+        *parents, last = key.split(".")
+        for parent in parents:
+            branch = branch.setdefault(parent, {})
+        branch.setdefault(last, value)
+    return tree
+
+
+def _objective_settings(name: Any) -> type[ObjectiveConfig]:
+    # Looked up at call time: the choices are a registry that other packages add to, and importing one imports torch.
+    from tes.objectives import objectives
+
+    return objectives.get(str(name)).Config
+
+
+def _validate(tree: dict[str, Any]) -> Config:
+    """Check everything, collecting the mistakes of the objective's own settings and of all others."""
+    problems: list[str] = []
+    objective: ObjectiveConfig | None = None
+    try:
+        settings = _objective_settings(tree["objective"]["name"])
+        objective = settings.model_validate(tree["objective"])
+    except ConfigError as problem:
+        problems.append(f"`objective`: {problem}")
+    except ValidationError as problem:
+        problems += _explain(problem, settings, prefix=("objective",))
+    # A stand-in keeps the other settings checkable where the objective is wrong.
+    rest = tree | {"objective": objective or ObjectiveConfig(name="none")}
+    try:
+        config = Config.model_validate(rest)
+    except ValidationError as problem:
+        problems += _explain(problem, Config)
+    if problems:
+        raise ConfigError(
+            problems[0] if len(problems) == 1 else "\n  ".join(["Several settings are wrong:", *problems])
+        )
+    return config
+
+
+def _explain(problem: ValidationError, model: type[Settings], prefix: tuple[str, ...] = ()) -> list[str]:
+    lines = []
+    for error in problem.errors(include_url=False):
+        key = ".".join(str(part) for part in (*prefix, *error["loc"]))
+        message = error["msg"].removeprefix("Value error, ")
+        if error["type"] == "extra_forbidden":
+            fields = _fields_at(model, error["loc"][:-1])
+            hint = did_you_mean(str(error["loc"][-1]), fields)
+            message = f"unknown key.{hint or ' Known here: ' + ', '.join(fields) + '.'}"
+        elif error["type"] == "missing":
+            message = "is missing" if key != "data.source" else "say which images to train on: a folder or a CSV"
+        elif error["type"] != "value_error":
+            message = f"{message[0].lower()}{message[1:]} (got {error['input']!r})"
+        lines.append(f"`{key}`: {message}" if key else message)
+    return lines
+
+
+def _fields_at(model: Any, location: tuple[Any, ...]) -> list[str]:
+    for part in location:
+        annotation = model.model_fields[part].annotation
+        if isinstance(annotation, types.UnionType) or typing.get_origin(annotation) is typing.Union:
+            annotation = next(option for option in typing.get_args(annotation) if option is not type(None))
+        if not (isinstance(annotation, type) and issubclass(annotation, BaseModel)):
+            return []
+        model = annotation
+    return list(model.model_fields)

@@ -1,0 +1,291 @@
+"""A labelled, split data set: what a source holds, without what cannot be read, with classes that have names."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import Counter, defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from tes.config import DataConfig
+from tes.data.classes_file import ClassInfo, apply_classes_file, derive_classes
+from tes.data.images import UnreadableImageError, decode
+from tes.data.names import NameIndex
+from tes.data.scan import scan
+from tes.data.source import Sample, Source, open_source
+from tes.data.splits import carve, draw_fraction, draw_shots
+from tes.errors import DataError, listing
+
+
+@dataclass(frozen=True, eq=False)
+class Dataset:
+    """Images with a class and a split each. Row i of every column is image i; the order is that of the paths.
+
+    Attributes:
+        name: Short.
+        classes: In index order, sorted by label.
+        paths: Relative to the data, with `/`.
+        labels: (n,) int64 index into `classes`.
+        splits: (n,) of train, val, test, unused.
+        groups: Of the CSV's column, or None.
+        sha1s: Of the files' content.
+        unreadable: (path, reason) of the images that were left out.
+        untested: Labels of classes without a test image.
+        notes: What the user should know, in sentences.
+        source: Reads the images.
+    """
+
+    name: str
+    classes: list[ClassInfo]
+    paths: list[str]
+    labels: np.ndarray
+    splits: np.ndarray
+    groups: list[str | None]
+    sha1s: list[str]
+    source: Source
+    unreadable: list[tuple[str, str]] = field(default_factory=list)
+    untested: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def num_classes(self) -> int:
+        """How many classes there are."""
+        return len(self.classes)
+
+    def indices(self, split: str) -> np.ndarray:
+        """Return the images of a split, ascending."""
+        return np.flatnonzero(self.splits == split)
+
+    def read_image(self, index: int) -> Image.Image:
+        """Return image `index`, upright RGB.
+
+        Raises:
+            DataError: It can no longer be read.
+        """
+        sample = Sample(self.paths[index], self.classes[self.labels[index]].label)
+        try:
+            return decode(self.source.read(sample))
+        except (OSError, UnreadableImageError) as problem:
+            reason = getattr(problem, "reason", None) or getattr(problem, "strerror", None) or str(problem)
+            raise DataError(
+                f"The image `{sample.path}` of `{self.name}` could be read before and cannot be now ({reason}); bring it"
+                " back, or start again without it."
+            ) from None
+
+
+def load(config: DataConfig, seed: int = 0) -> Dataset:
+    """Open a source, look at every image, name the classes, and decide the splits.
+
+    Args:
+        config: The source and what to use of it.
+        seed: Draws the shots or the fraction.
+
+    Raises:
+        DataError: There is nothing to train on, or something in it cannot be used.
+    """
+    return draw(open_dataset(config), config, seed)
+
+
+def open_dataset(config: DataConfig) -> Dataset:
+    """Do the part of `load` that no seed touches: everything but the draw of shots or a fraction."""
+    source = open_source(config.source)
+    samples, classes, notes = _samples_and_classes(source, config)
+    dataset = _readable(source, samples, classes, config.max_unreadable, notes)
+    labels = [classes[label].label for label in dataset.labels]
+    splits, more = _official_or_carved(labels, dataset, config.split_seed)
+    _require_trainable(labels, splits, classes)
+    return dataclasses.replace(dataset, splits=splits, notes=[*notes, *dataset.notes, *more])
+
+
+def draw(dataset: Dataset, config: DataConfig, seed: int) -> Dataset:
+    """Draw the run's shots or fraction from an opened data set.
+
+    Raises:
+        DataError: A class has fewer images than shots.
+    """
+    labels = [dataset.classes[label].label for label in dataset.labels]
+    splits, notes = dataset.splits, list(dataset.notes)
+    if config.shots is not None:
+        splits = draw_shots(labels, dataset.sha1s, dataset.groups, splits, config.shots, seed)
+    elif config.fraction is not None:
+        splits = draw_fraction(labels, dataset.sha1s, dataset.groups, splits, config.fraction, seed)
+    tested = {labels[index] for index in np.flatnonzero(splits == "test")}
+    untested = [info.label for info in dataset.classes if info.label not in tested]
+    if untested:
+        notes.append(f"{len(untested)} classes have no test image and are not scored: {listing(untested)}")
+    return dataclasses.replace(dataset, splits=splits, untested=untested, notes=notes)
+
+
+def load_classes(config: DataConfig) -> list[ClassInfo]:
+    """Return the classes of a source with their texts, without reading an image.
+
+    Raises:
+        DataError: As `load` does, as far as classes go.
+    """
+    return _samples_and_classes(open_source(config.source), config)[1]
+
+
+def load_labelled(ref: str, classes: Sequence[ClassInfo]) -> Dataset:
+    """Open another data set for a model that knows `classes`; every image is in the split `test`.
+
+    Its classes are matched by label, else by readable name; it need not have all of them.
+
+    Raises:
+        DataError: It has classes that the model does not know.
+    """
+    source = open_source(ref)
+    index = NameIndex({info.label: [info.name] for info in classes})
+    place = {info.label: number for number, info in enumerate(classes)}
+    known: dict[str, str] = {}
+    unknown: list[str] = []
+    for label in sorted({sample.label for sample in source.samples}):
+        found = index.find(label)
+        if len(found) == 1:
+            known[label] = found[0]
+        else:
+            unknown.append(label)
+    if unknown:
+        named = listing([index.describe_unknown(label) for label in unknown])
+        raise DataError(
+            f"`{ref}` has {len(unknown)} classes that the model was not trained on: {named}; rename them, or leave them out."
+        )
+    samples = [dataclasses.replace(sample, label=known[sample.label]) for sample in source.samples]
+    dataset = _readable(source, samples, list(classes), None, list(source.notes), place)
+    return dataclasses.replace(dataset, splits=np.full(len(dataset.paths), "test", dtype="<U6"))
+
+
+def find_duplicates(dataset: Dataset) -> list[list[str]]:
+    """Return groups of identical images that lie in more than one split or class, as "path (split, class)"."""
+    copies: dict[str, list[int]] = defaultdict(list)
+    for index in np.flatnonzero(dataset.splits != "unused").tolist():
+        copies[dataset.sha1s[index]].append(index)
+    return [
+        [f"{dataset.paths[i]} ({dataset.splits[i]}, {dataset.classes[dataset.labels[i]].label})" for i in indices]
+        for indices in copies.values()
+        if len({(str(dataset.splits[i]), int(dataset.labels[i])) for i in indices}) > 1
+    ]
+
+
+def _samples_and_classes(source: Source, config: DataConfig) -> tuple[list[Sample], list[ClassInfo], list[str]]:
+    """Return what is kept of a source by `only_classes`, the classes with their texts, and notes."""
+    notes = list(source.notes)
+    samples = list(source.samples)
+    labels = {sample.label for sample in samples}
+    if config.only_classes is not None:
+        labels = _chosen(config.only_classes, labels)
+        samples = [sample for sample in samples if sample.label in labels]
+        notes.append(f"{len(labels)} classes are kept by --only-classes")
+    if len(labels) < 2:
+        only = f"only `{next(iter(labels))}`" if labels else "none"
+        raise DataError(f"`{config.source}` must have at least two classes to tell apart, but there is {only}.")
+    classes = derive_classes(labels)
+    if config.classes is not None:
+        classes, ignored = apply_classes_file(classes, config.classes)
+        if ignored:
+            notes.append(
+                f"{len(ignored)} rows of `{config.classes}` are not in the data and ignored: {listing(ignored)}"
+            )
+    return samples, classes, notes
+
+
+def _chosen(only_classes: Sequence[str], labels: set[str]) -> set[str]:
+    names = list(only_classes)
+    if len(names) == 1 and names[0] not in labels and Path(names[0]).expanduser().is_file():
+        try:
+            lines = Path(names[0]).expanduser().read_text(encoding="utf-8-sig").splitlines()
+        except (OSError, UnicodeDecodeError) as problem:
+            raise DataError(f"The list of classes `{names[0]}` cannot be read: {problem}.") from None
+        names = [line.strip() for line in lines if line.strip()]
+    index = NameIndex(labels)
+    found = {name: index.find(name) for name in names}
+    if wrong := [name for name, options in found.items() if len(options) != 1]:
+        named = listing([index.describe_unknown(name) for name in wrong])
+        raise DataError(f"--only-classes names what is no class of the data: {named}.")
+    return {options[0] for options in found.values()}
+
+
+def _readable(
+    source: Source,
+    samples: list[Sample],
+    classes: list[ClassInfo],
+    max_unreadable: int | None,
+    notes: list[str],
+    place: dict[str, int] | None = None,
+) -> Dataset:
+    """Look at every image and leave out those that cannot be read."""
+    seen = scan(source, samples)
+    limit = max(3, len(samples) // 100) if max_unreadable is None else max_unreadable
+    shown = listing([f"{path} ({reason})" for path, reason in seen.unreadable])
+    if len(seen.unreadable) > limit:
+        raise DataError(
+            f"{len(seen.unreadable)} of {len(samples)} images of `{source.name}` cannot be read, more than the {limit}"
+            f" that are tolerated: {shown}; mend or remove them, or raise data.max_unreadable."
+        )
+    rows = [(sample, sha1) for sample, sha1 in zip(samples, seen.sha1s) if sha1 is not None]
+    left = {sample.label for sample, _ in rows}
+    if place is None:
+        place = {info.label: number for number, info in enumerate(classes)}
+        if empty := [info.label for info in classes if info.label not in left]:
+            raise DataError(f"No image of {listing([f'`{label}`' for label in empty])} can be read: {shown}.")
+    if not rows:
+        raise DataError(f"No image of `{source.name}` can be read: {shown}.")
+    found = [f"{len(seen.unreadable)} unreadable images are left out: {shown}"] if seen.unreadable else []
+    return Dataset(
+        name=source.name,
+        classes=classes,
+        paths=[sample.path for sample, _ in rows],
+        labels=np.array([place[sample.label] for sample, _ in rows], dtype=np.int64),
+        splits=np.array([sample.split or "" for sample, _ in rows], dtype="<U6"),
+        groups=[sample.group for sample, _ in rows],
+        sha1s=[sha1 for _, sha1 in rows],
+        source=source,
+        unreadable=seen.unreadable,
+        notes=found,
+    )
+
+
+def _official_or_carved(labels: list[str], dataset: Dataset, split_seed: int) -> tuple[np.ndarray, list[str]]:
+    """Use the official splits; carve the ones that are missing from train."""
+    splits, notes = dataset.splits.copy(), []
+    official = set(splits.tolist()) - {""}
+    if not official:
+        return carve(labels, dataset.sha1s, dataset.groups, split_seed), [
+            "test (25 %) and val (10 %) are carved by class"
+        ]
+    if "train" not in official:
+        raise DataError(f"`{dataset.name}` has the splits {', '.join(sorted(official))}, but nothing to train on.")
+    if "val" in official:
+        lacking = set(np.array(labels)[splits == "train"]) - set(np.array(labels)[splits == "val"])
+        if lacking:
+            splits[splits == "val"] = "train"
+            official.discard("val")
+            notes.append(
+                f"the official val has no image of {listing(sorted(lacking))}: it joins train, and val is carved anew"
+            )
+    carved = [name for name in ("test", "val") if name not in official]
+    if carved:
+        train = np.flatnonzero(splits == "train")
+        part = carve(
+            [labels[index] for index in train],
+            [dataset.sha1s[index] for index in train],
+            [dataset.groups[index] for index in train],
+            split_seed,
+            test="test" in carved,
+            val="val" in carved,
+        )
+        splits[train] = part
+        notes.append(f"{' and '.join(carved)} carved from train by class; the rest is official")
+    return splits, notes
+
+
+def _require_trainable(labels: list[str], splits: np.ndarray, classes: list[ClassInfo]) -> None:
+    trained = Counter(labels[index] for index in np.flatnonzero(splits == "train"))
+    if untrained := [info.label for info in classes if not trained[info.label]]:
+        raise DataError(
+            f"The train split has no image of {listing([f'`{label}`' for label in untrained])}, which the others have; add"
+            " some, or leave these classes out with --only-classes."
+        )

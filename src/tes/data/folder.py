@@ -1,0 +1,161 @@
+"""Class folders: `DIR/<class>/*`, or `DIR/{train,val,test}/<class>/*` where DIR holds nothing but split folders."""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+
+from tes.data.images import SUFFIXES
+from tes.data.source import SPLIT_WORDS, LocalSource, Sample, no_such_path
+from tes.errors import DataError, listing
+
+# What operating systems leave behind; names with a leading dot are skipped as well.
+_CLUTTER = {"thumbs.db", "desktop.ini", "__macosx", "@eadir"}
+
+
+class FolderSource(LocalSource):
+    """Images in a folder per class. Folders inside a class folder belong to the class; links are followed.
+
+    Args:
+        ref: The folder.
+
+    Raises:
+        DataError: There is no such folder, it has no class folders, or one of them holds no image.
+    """
+
+    def __init__(self, ref: str | Path) -> None:
+        root = Path(ref).expanduser()
+        if not root.is_dir():
+            raise no_such_path(root, "folder")
+        super().__init__(root, name=root.resolve().name)
+        self.notes: list[str] = []
+        self._not_images: Counter[str] = Counter()
+        self._num_loops = 0
+        folders, files = _entries(root)
+        if not folders:
+            raise DataError(_no_class_folders(root, files))
+        splits = self._splits(folders)
+        samples: list[Sample] = []
+        stray = [file for file in files if _is_image(file)]
+        if splits is None:
+            for folder in folders:
+                samples += self._class_samples(folder, None)
+        else:
+            for folder, split in zip(folders, splits):
+                class_folders, files = _entries(folder)
+                stray += [file for file in files if _is_image(file)]
+                if not class_folders:
+                    raise DataError(_no_class_folders(folder, files))
+                for class_folder in class_folders:
+                    samples += self._class_samples(class_folder, split)
+        self.samples = sorted(samples, key=lambda sample: sample.path)
+        self._describe_what_was_ignored(stray)
+
+    def _splits(self, folders: list[Path]) -> list[str] | None:
+        """Return each folder's split, or None where they are class folders."""
+        splits = [SPLIT_WORDS.get(folder.name.lower()) for folder in folders]
+        if None in splits:
+            if "train" in splits and len(set(splits)) > 2:
+                others = [folder.name for folder, split in zip(folders, splits) if split is None]
+                self.notes.append(
+                    f"Took every folder in `{self.root}` for a class, `train` too, because of: {listing(others)}."
+                )
+            return None
+        for split in set(splits):
+            names = [folder.name for folder, other in zip(folders, splits) if other == split]
+            if len(names) > 1:
+                raise DataError(
+                    f"`{self.root}` has {len(names)} folders for the {split} split, {listing(names)}; keep one of them."
+                )
+        if "train" not in splits:
+            raise DataError(
+                f"`{self.root}` has the split folders {listing([folder.name for folder in folders])} but no `train`; "
+                "add it, or name the folder of class folders itself."
+            )
+        return splits
+
+    def _class_samples(self, folder: Path, split: str | None) -> list[Sample]:
+        root = self.root.resolve()
+        entered = {root, folder.parent.resolve(), folder.resolve()}
+        before = self._not_images.copy()
+        images = [file for file in self._walk(folder, entered, root) if self._keep(file)]
+        if not images:
+            others = self._not_images - before
+            found = f" ({others.total()} other files: {_suffixes(others)})" if others else ""
+            raise DataError(f"The class folder `{folder}` holds no image{found}; add some, or remove the folder.")
+        return [Sample(_text(file.relative_to(self.root)), _text(folder.name), split) for file in images]
+
+    def _walk(self, folder: Path, entered: set[Path], root: Path) -> Iterator[Path]:
+        folders, files = _entries(folder)
+        yield from files
+        for below in folders:
+            target = below.resolve()
+            # A folder is entered once per class, so that links in a circle end, and links to a common place cannot
+            # multiply; the data's own folder and what it lies in would bring other classes' images in.
+            if target in entered or root.is_relative_to(target):
+                self._num_loops += 1
+                continue
+            entered.add(target)
+            yield from self._walk(below, entered, root)
+
+    def _keep(self, file: Path) -> bool:
+        if _is_image(file):
+            return True
+        self._not_images[file.suffix.lower() or "no suffix"] += 1
+        return False
+
+    def _describe_what_was_ignored(self, stray: list[Path]) -> None:
+        if self._not_images:
+            total = self._not_images.total()
+            self.notes.append(
+                f"Ignored {_count(total, 'file')} that {_is(total)} no image ({_suffixes(self._not_images)})."
+            )
+        if stray:
+            names = listing([file.name for file in stray], limit=3)
+            self.notes.append(f"Ignored {_count(len(stray), 'image')} outside the class folders ({names}).")
+        if self._num_loops:
+            self.notes.append(f"Did not follow {_count(self._num_loops, 'link')} to a folder that is read already.")
+
+
+def _entries(folder: Path) -> tuple[list[Path], list[Path]]:
+    """Return the folders and the files in a folder, links followed, clutter left out, each sorted by name."""
+    try:
+        names = sorted(os.listdir(folder))
+    except OSError as problem:
+        raise DataError(f"The folder `{folder}` cannot be read: {problem.strerror or problem}.") from None
+    paths = [folder / name for name in names if not name.startswith(".") and name.lower() not in _CLUTTER]
+    folders = [path for path in paths if path.is_dir()]
+    # A link to nowhere is kept: an image that is missing is reported, not overlooked. Pipes and devices are not.
+    files = [path for path in paths if path.is_file() or (path.is_symlink() and not path.exists())]
+    return folders, files
+
+
+def _is_image(file: Path) -> bool:
+    return file.suffix.lower() in SUFFIXES
+
+
+def _text(path: Path | str) -> str:
+    # A name that is not UTF-8 cannot be written to any result; with the mark in it, the image is reported as missing.
+    return os.fsencode(path).decode("utf-8", errors="replace").replace(os.sep, "/")
+
+
+def _suffixes(counts: Counter[str]) -> str:
+    return listing([suffix for suffix, _ in sorted(counts.items(), key=lambda item: (-item[1], item[0]))])
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}{'' if number == 1 else 's'}"
+
+
+def _is(number: int) -> str:
+    return "is" if number == 1 else "are"
+
+
+def _no_class_folders(folder: Path, files: list[Path]) -> str:
+    images = sum(map(_is_image, files))
+    found = f"holds {_count(images, 'image')} but no class folders" if images else "has no class folders"
+    return (
+        f"`{folder}` {found}; put the images of each class in a folder of its own, as in `{folder}/<class>/photo.jpg`."
+    )

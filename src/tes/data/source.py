@@ -1,0 +1,112 @@
+"""What a data source is: a list of labelled samples, and a way to read the bytes of each."""
+
+from __future__ import annotations
+
+import re
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from tes.errors import DataError, did_you_mean, listing
+from tes.registry import Registry
+
+SPLIT_WORDS = {"train": "train", "val": "val", "validation": "val", "valid": "val", "test": "test"}
+
+sources = Registry(
+    "data source", {"folder": "tes.data.folder:FolderSource", "csv": "tes.data.table:TableSource"}, "tes.sources"
+)
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One labelled image: `path` relative to the source's root, with `/`; `split` is train, val, test or None."""
+
+    path: str
+    label: str
+    split: str | None = None
+    group: str | None = None
+
+
+class Source(ABC):
+    """Labelled images from somewhere. One of these is one file in this folder, and one line in `sources`.
+
+    Attributes:
+        name: Short, fit for the name of a run folder.
+        samples: Every image, readable or not. Either all have a split or none.
+        notes: What was left out on the way, for people.
+    """
+
+    name: str
+    samples: Sequence[Sample]
+    notes: Sequence[str] = ()
+
+    @abstractmethod
+    def read(self, sample: Sample) -> bytes:
+        """Return the image file's content.
+
+        Raises:
+            OSError: It cannot be read.
+        """
+
+    def locate(self, sample: Sample) -> Path | None:
+        """Return the file that holds the image, by whose size and time the scan is cached, or None."""
+        return None
+
+
+class LocalSource(Source):
+    """A source whose samples are files below (or, by an absolute path, outside) the folder `root`."""
+
+    def __init__(self, root: Path, name: str) -> None:
+        self.root = root
+        self.name = re.sub(r"[^\w.-]+", "-", name).strip("-.") or "data"
+
+    def read(self, sample: Sample) -> bytes:
+        """Return the file's content."""
+        return self.locate(sample).read_bytes()
+
+    def locate(self, sample: Sample) -> Path:
+        """Return the sample's file."""
+        return self.root / sample.path
+
+
+def open_source(ref: str) -> Source:
+    """Open a folder, a CSV or TSV file, or `NAME:REF` for a source that is registered as NAME.
+
+    Raises:
+        DataError: There is nothing there, or it is of no known kind.
+    """
+    path = Path(ref).expanduser()
+    kind, colon, rest = ref.partition(":")
+    if not ref.strip():
+        raise DataError("The data's name is empty; give a folder of class folders or a CSV.")
+    if not path.exists() and colon and re.fullmatch(r"[A-Za-z][\w-]+", kind):
+        return _registered(ref, kind, rest)
+    if path.is_dir():
+        return sources.get("folder")(ref)
+    if path.suffix.lower() in (".csv", ".tsv"):
+        return sources.get("csv")(ref)
+    if path.exists():
+        raise DataError(f"`{ref}` is neither a folder nor a CSV or TSV file; unpack an archive first.")
+    raise no_such_path(path, "folder")
+
+
+def no_such_path(path: Path, kind: str) -> DataError:
+    """Return the error for a path that does not exist, with the nearest name that does."""
+    parent = path.parent
+    if not parent.is_dir():
+        return DataError(f"There is no {kind} `{path}`, and no folder `{parent}`; check the path.")
+    try:
+        names = [entry.name for entry in parent.iterdir() if not entry.name.startswith(".")]
+    except OSError:
+        names = []
+    return DataError(f"There is no {kind} `{path}`.{did_you_mean(path.name, names)}")
+
+
+def _registered(ref: str, kind: str, rest: str) -> Source:
+    if kind not in sources.names():
+        what = "is a web address; download the images first" if rest.startswith("//") else "names no known data source"
+        raise DataError(
+            f"`{ref}` {what}.{did_you_mean(kind, sources.names())} Known: {listing(sources.names(), limit=20)}."
+        )
+    return sources.get(kind)(rest)

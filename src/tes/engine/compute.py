@@ -1,0 +1,66 @@
+"""Where and in which arithmetic a run computes: resolved once, recorded, reused."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from tes.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Compute:
+    """Device, number format, memory layout and reading processes of a run."""
+
+    device: str
+    precision: str
+    memory_format: str
+    num_workers: int
+
+    def place(self, module: nn.Module) -> nn.Module:
+        """Move a module to the device, in the memory layout."""
+        layout = torch.channels_last if self.memory_format == "channels_last" else torch.contiguous_format
+        return module.to(self.device, memory_format=layout)
+
+    def images(self, images_B3HW: Tensor) -> Tensor:
+        """Move a batch of images to the device, in the memory layout."""
+        layout = torch.channels_last if self.memory_format == "channels_last" else torch.contiguous_format
+        return images_B3HW.to(self.device, memory_format=layout, non_blocking=True)
+
+    def autocast(self) -> torch.autocast:
+        """Return the context in which the backbone runs."""
+        return torch.autocast(self.device, dtype=torch.bfloat16, enabled=self.precision == "bf16")
+
+
+def resolve_device(device: str) -> tuple[str, str]:
+    """Return (device, reason).
+
+    Raises:
+        ConfigError: The device that the user named is not there.
+    """
+    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if device == "auto":
+        return next((name, "the best one found") for name in ("cuda", "mps", "cpu") if available[name])
+    if not available[device]:
+        found = ", ".join(name for name, there in available.items() if there)
+        raise ConfigError(f"`device`: there is no `{device}` on this machine, only {found}.")
+    return device, "your setting"
+
+
+def resolve_workers(num_workers: int | None, device: str) -> tuple[int, str]:
+    """Return (processes that read images, reason)."""
+    if num_workers is not None:
+        return num_workers, "your setting"
+    if device == "cpu":
+        return 0, "the CPU is busy computing"
+    return min(8, os.cpu_count() or 1), "one per core, at most 8"
+
+
+def seed_everything(seed: int) -> None:
+    """Seed PyTorch and ask for the deterministic kernels where there is a choice."""
+    torch.manual_seed(seed)
+    torch.backends.cudnn.benchmark = False
+    torch.backends.cudnn.deterministic = True

@@ -1,0 +1,56 @@
+"""The network in training: backbone, vision head and objective as one module with one loss."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from tes.engine.compute import Compute
+from tes.engine.solve import LinearHead
+from tes.models.backbone import Backbone
+from tes.objectives.base import ModelOutput, Objective
+
+
+class Learner(nn.Module):
+    """Backbone + head + objective. Only the backbone and the head are shipped."""
+
+    def __init__(self, backbone: Backbone, head: LinearHead, objective: Objective, compute: Compute) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.head = nn.Linear(head.weight_CF.shape[1], head.weight_CF.shape[0])
+        self.set_head(head)
+        self.objective = objective
+        self.compute = compute
+
+    def forward(self, images_B3HW: Tensor, target_BC: Tensor) -> dict[str, Tensor]:
+        """Return the objective's losses on a batch."""
+        with self.compute.autocast():
+            features_BF = self.backbone(images_B3HW)
+        return self.objective.losses(self.output(features_BF), target_BC)
+
+    def output(self, features_BF: Tensor) -> ModelOutput:
+        """Return what the heads read, in float32: half precision is for the backbone alone."""
+        features_BF = features_BF.float()
+        return ModelOutput(features_BF, self.head(features_BF))
+
+    @torch.inference_mode()
+    def heads(self, features_NF: Tensor) -> dict[str, Tensor]:
+        """Return every classifier's logits (N, C) for features already computed, on the CPU."""
+        self.eval()
+        parts = [self.objective.heads(self.output(part.to(self.compute.device))) for part in features_NF.split(4096)]
+        return {name: torch.cat([part[name].float().cpu() for part in parts]) for name in parts[0]}
+
+    @torch.no_grad()
+    def set_head(self, head: LinearHead) -> None:
+        """Put a solved head in place of the vision head."""
+        self.head.weight.copy_(head.weight_CF)
+        self.head.bias.copy_(head.bias_C)
+
+    def linear_head(self) -> LinearHead:
+        """Return a copy of the vision head as it stands."""
+        return LinearHead(self.head.weight.detach().cpu().clone(), self.head.bias.detach().cpu().clone())
+
+
+def one_hot(labels_B: Tensor, num_classes: int) -> Tensor:
+    """Return targets (B, C) in float32."""
+    return nn.functional.one_hot(labels_B, num_classes).float()

@@ -1,0 +1,183 @@
+"""From images on disk to batches: the same batch at the same (seed, epoch, step), whatever the workers.
+
+Sample order is a function of (seed, epoch), an image's augmentation of (seed, epoch, index). Batches are uint8; the
+backbone normalises on the device. Shapes: B batch, N images, H = W = size.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from tes.config import AugmentConfig
+from tes.data.dataset import Dataset
+from tes.engine.compute import Compute
+from tes.models.image_settings import ImageSettings
+
+CACHE_BYTES = 2 * 2**30
+SMALL_IMAGES = 64
+"""Up to this size in pixels, crops after padding (the CIFAR recipe); above, crops of random area and shape."""
+
+
+@dataclass(frozen=True)
+class Batch:
+    """`indices_B` into the data set, uint8 RGB images, and the classes' indices."""
+
+    indices_B: Tensor
+    images_B3HW: Tensor
+    labels_B: Tensor
+
+
+def eval_transform(images: ImageSettings) -> Callable[[Image.Image], Tensor]:
+    """Return resize (short side = size / crop_fraction), centre crop, uint8 tensor (3, H, W)."""
+    from torchvision.transforms import v2
+
+    short_side = round(images.size / images.crop_fraction)
+    return v2.Compose(
+        [
+            v2.Resize(short_side, interpolation=_mode(images), antialias=True),
+            v2.CenterCrop(images.size),
+            v2.PILToTensor(),
+        ]
+    )
+
+
+def train_transform(images: ImageSettings, augment: AugmentConfig) -> Callable[[Image.Image], Tensor]:
+    """Return the random transform of a training image, uint8 tensor (3, H, W)."""
+    from torchvision.transforms import v2
+
+    policy = augment.policy
+    if policy == "auto":
+        policy = "padded_crop" if images.size <= SMALL_IMAGES else "resized_crop"
+    steps: list[Callable] = {
+        "none": lambda: [eval_transform(images)],
+        "padded_crop": lambda: [
+            v2.Resize(images.size, interpolation=_mode(images), antialias=True),
+            v2.RandomCrop(images.size, padding=images.size // 8),
+            v2.PILToTensor(),
+        ],
+        "resized_crop": lambda: [
+            v2.RandomResizedCrop(
+                images.size, scale=(augment.min_scale, 1.0), interpolation=_mode(images), antialias=True
+            ),
+            v2.PILToTensor(),
+        ],
+    }[policy]()
+    if augment.flip:
+        steps.append(v2.RandomHorizontalFlip())
+    return v2.Compose(steps)
+
+
+def eval_batches(dataset: Dataset, indices: np.ndarray, images: ImageSettings, compute: Compute) -> Iterator[Batch]:
+    """Yield every image of `indices` exactly once, in order, as at test time."""
+    reader = _Reader(dataset, eval_transform(images), seed=None, cache_side=None)
+    batches = [
+        [(0, int(index)) for index in part] for part in np.array_split(indices, math.ceil(len(indices) / 64) or 1)
+    ]
+    yield from _load(reader, batches, compute)
+
+
+def train_batches(
+    dataset: Dataset,
+    indices: np.ndarray,
+    images: ImageSettings,
+    augment: AugmentConfig,
+    compute: Compute,
+    *,
+    batch_size: int,
+    num_steps: int,
+    seed: int,
+    first_step: int = 0,
+) -> Iterator[Batch]:
+    """Yield the augmented batches of steps `first_step` to `num_steps`."""
+    cache_side = 2 * images.size if compute.num_workers == 0 else None
+    reader = _Reader(dataset, train_transform(images, augment), seed, cache_side)
+    batches = order(indices, batch_size, num_steps, seed)[first_step:]
+    yield from _load(reader, batches, compute)
+
+
+def order(indices: np.ndarray, batch_size: int, num_steps: int, seed: int) -> list[list[tuple[int, int]]]:
+    """Return for every step its (epoch, index) pairs.
+
+    A batch holds min(batch_size, N) images; the last one of an epoch wraps round to the epoch's first images, since a
+    batch of one breaks batch norm.
+    """
+    size = min(batch_size, len(indices))
+    per_epoch = steps_per_epoch(len(indices), batch_size)
+    steps: list[list[tuple[int, int]]] = []
+    for epoch in range(math.ceil(num_steps / per_epoch)):
+        shuffled = np.random.default_rng((seed, epoch)).permutation(indices)
+        wrapped = np.resize(shuffled, per_epoch * size)
+        steps += [[(epoch, int(index)) for index in batch] for batch in wrapped.reshape(per_epoch, size)]
+    return steps[:num_steps]
+
+
+def steps_per_epoch(num_images: int, batch_size: int) -> int:
+    """Return how many batches see every image at least once."""
+    return math.ceil(num_images / min(batch_size, num_images))
+
+
+class _Reader(torch.utils.data.Dataset):
+    """Reads image `index` for `epoch`; draws its augmentation from a generator seeded by (seed, epoch, index)."""
+
+    def __init__(self, dataset: Dataset, transform: Callable, seed: int | None, cache_side: int | None) -> None:
+        self.dataset, self.transform, self.seed = dataset, transform, seed
+        self.cache_side, self.cache, self.room = cache_side, {}, CACHE_BYTES
+
+    def __getitem__(self, position: tuple[int, int]) -> tuple[int, Tensor, int]:
+        epoch, index = position
+        image = self._image(index)
+        if self.seed is None:
+            return index, self.transform(image), int(self.dataset.labels[index])
+        with torch.random.fork_rng(devices=[]):
+            digest = hashlib.blake2b(f"{self.seed}:{epoch}:{index}".encode(), digest_size=8).digest()
+            torch.manual_seed(int.from_bytes(digest))
+            return index, self.transform(image), int(self.dataset.labels[index])
+
+    def _image(self, index: int) -> Image.Image:
+        if self.cache_side is None:
+            return self.dataset.read_image(index)
+        image = self.cache.get(index)
+        if image is None:
+            image = self.dataset.read_image(index)
+            # Decoding costs more than a small network's training step: keep what fits, reduced to what crops can use.
+            if min(image.size) > self.cache_side:
+                factor = self.cache_side / min(image.size)
+                image = image.resize([max(1, round(side * factor)) for side in image.size], Image.Resampling.BICUBIC)
+            size = 3 * image.width * image.height
+            if size <= self.room:
+                self.cache[index] = image
+                self.room -= size
+        return image
+
+
+def _load(reader: _Reader, batches: list[list[tuple[int, int]]], compute: Compute) -> Iterator[Batch]:
+    # The loader draws its workers' base seed from the global generator; a generator of its own leaves that one alone.
+    loader = DataLoader(
+        reader,
+        batch_sampler=batches,
+        num_workers=compute.num_workers,
+        collate_fn=_collate,
+        pin_memory=compute.device == "cuda",
+        generator=torch.Generator().manual_seed(0),
+    )
+    yield from loader
+
+
+def _collate(samples: list[tuple[int, Tensor, int]]) -> Batch:
+    indices, images, labels = zip(*samples)
+    return Batch(torch.tensor(indices), torch.stack(images), torch.tensor(labels))
+
+
+def _mode(images: ImageSettings):
+    from torchvision.transforms import InterpolationMode
+
+    return InterpolationMode(images.interpolation)

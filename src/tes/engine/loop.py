@@ -1,0 +1,126 @@
+"""The training loop. It reads top to bottom, and knows no objective: it minimises the sum of the losses it is given."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from tes import console
+from tes.config import OptimConfig
+from tes.engine.learner import Learner, one_hot
+from tes.engine.loader import Batch
+from tes.engine.optim import build_optimizer, build_schedule
+from tes.errors import TrainingError, listing
+
+STEPS_BETWEEN_CHECKS = 20
+"""Losses stay on the device for so many steps: reading each at once would make an accelerator wait for the CPU."""
+
+
+@dataclass(frozen=True)
+class StepLosses:
+    """What one step left behind: the losses (still on the device) and the images it saw."""
+
+    step: int
+    losses: dict[str, Tensor]
+    indices_B: Tensor
+
+
+def train_step(
+    learner: Learner,
+    batch: Batch,
+    optimizer: torch.optim.Optimizer,
+    schedule: torch.optim.lr_scheduler.LRScheduler,
+    accumulate: int,
+    clip_norm: float | None,
+) -> dict[str, Tensor]:
+    """Take one step on one batch and return its losses, each a mean over the batch."""
+    total: dict[str, Tensor] = {}
+    parts = zip(batch.images_B3HW.chunk(accumulate), batch.labels_B.chunk(accumulate))
+    for images, labels in parts:
+        target_BC = one_hot(labels, learner.head.out_features).to(learner.compute.device)
+        losses = learner(learner.compute.images(images), target_BC)
+        share = len(images) / len(batch.images_B3HW)  # backward() sums gradients; the shares make them a mean
+        (share * sum(losses.values())).backward()
+        for name, loss in losses.items():
+            total[name] = total.get(name, 0) + share * loss.detach()
+    if clip_norm is not None:
+        torch.nn.utils.clip_grad_norm_(learner.parameters(), clip_norm)
+    optimizer.step()
+    schedule.step()
+    optimizer.zero_grad(set_to_none=True)
+    return total
+
+
+def fit(
+    learner: Learner,
+    batches: Iterable[Batch],
+    config: OptimConfig,
+    num_steps: int,
+    *,
+    path_of: Callable[[int], str],
+    on_losses: Callable[[int, dict[str, float], float], None],
+    on_step: Callable[[int], None] = lambda step: None,
+) -> None:
+    """Train for `num_steps` steps, one batch each.
+
+    Args:
+        learner: Changed in place; left in eval mode.
+        batches: At least `num_steps` of them.
+        config: Optimiser, learning rates (resolved), accumulation and clipping.
+        num_steps: The budget.
+        path_of: Names an image by its index, for messages.
+        on_losses: Called now and then with (step, mean losses since the last call, learning rate).
+        on_step: Called after every step with the number of steps taken, for example to evaluate.
+
+    Raises:
+        TrainingError: The loss is not finite; the message names the step and the batch's files.
+    """
+    optimizer = build_optimizer(learner, config)
+    schedule = build_schedule(optimizer, num_steps, config.warmup)
+    to_train_mode(learner, config.freeze_norms)
+    pending: list[StepLosses] = []
+    with console.progress(num_steps, "training", "steps") as progress:
+        for step, batch in zip(range(1, num_steps + 1), batches):
+            learning_rate = optimizer.param_groups[0]["lr"]
+            losses = train_step(learner, batch, optimizer, schedule, config.accumulate, config.clip_norm)
+            pending.append(StepLosses(step, losses, batch.indices_B))
+            if step % STEPS_BETWEEN_CHECKS == 0 or step == num_steps:
+                means = _mean_losses(pending, path_of)
+                pending.clear()
+                on_losses(step, means, learning_rate)
+                progress.advance(0, **means)
+            progress.advance(1)
+            on_step(step)
+            if not learner.training:  # an evaluation has been in between
+                to_train_mode(learner, config.freeze_norms)
+    learner.eval()
+
+
+def to_train_mode(learner: Learner, freeze_norms: bool | None) -> None:
+    """Put everything in train mode but the batch norms that stay at their pre-trained statistics."""
+    learner.train()
+    if freeze_norms:
+        for module in learner.backbone.modules():
+            if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                module.eval()
+
+
+def _mean_losses(pending: list[StepLosses], path_of: Callable[[int], str]) -> dict[str, float]:
+    sums: dict[str, float] = {}
+    for entry in pending:
+        values = {name: loss.item() for name, loss in entry.losses.items()}
+        if not all(math.isfinite(value) for value in values.values()):
+            files = listing([path_of(int(index)) for index in entry.indices_B])
+            shown = ", ".join(f"{name} {value}" for name, value in values.items())
+            raise TrainingError(
+                f"The loss is not finite at step {entry.step} ({shown}); its batch: {files}. Lower the learning rate"
+                " (--lr), set optim.clip_norm=1, or use --precision fp32."
+            )
+        for name, value in values.items():
+            sums[name] = sums.get(name, 0.0) + value
+    means = {name: value / len(pending) for name, value in sums.items()}
+    return {"loss": sum(means.values())} | means

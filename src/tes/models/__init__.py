@@ -1,0 +1,1 @@
+"""Pre-trained networks: building them, loading their weights strictly, and how their images were prepared."""

@@ -1,0 +1,115 @@
+"""How a backbone wants its images: size, crop, mean, std, interpolation, and where each was read from."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from tes.config import ImageConfig
+from tes.errors import ModelError
+
+IMAGENET = {"size": 224, "crop_fraction": 1.0, "mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
+
+
+@dataclass(frozen=True)
+class ImageSettings:
+    """`size` in pixels, `crop_fraction` of the image kept at test time, `mean` and `std` of RGB in 0..1."""
+
+    size: int
+    crop_fraction: float
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+    interpolation: str
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain values for `preprocess.json`."""
+        return asdict(self) | {"mean": list(self.mean), "std": list(self.std)}
+
+    @staticmethod
+    def from_dict(values: Mapping[str, Any]) -> ImageSettings:
+        """Read `preprocess.json`'s values; anything missing or of the wrong kind is a ModelError."""
+        try:
+            checked = ImageConfig.model_validate({field.name: values[field.name] for field in fields(ImageSettings)})
+        except (KeyError, ValueError) as problem:
+            raise ModelError(f"The image settings are incomplete or wrong: {' '.join(str(problem).split())}.") from None
+        return ImageSettings(**checked.model_dump())
+
+
+def resolve(config: ImageConfig, sources: list[tuple[str, Mapping[str, Any]]]) -> tuple[ImageSettings, dict[str, str]]:
+    """Take every setting from the flag, else from the first source that has it, else assume ImageNet's.
+
+    Args:
+        config: What the user set; None where they did not.
+        sources: (where, values) in order of authority; values by the names of `ImageSettings`.
+
+    Returns:
+        The settings, and for each of them where it came from.
+    """
+    chosen: dict[str, Any] = {}
+    origin: dict[str, str] = {}
+    ordered = [("your setting", {k: v for k, v in config.model_dump().items() if v is not None}), *sources]
+    ordered.append(("*assumed*, the weights do not say", IMAGENET | {"interpolation": "bilinear"}))
+    for field in fields(ImageSettings):
+        for where, values in ordered:
+            if values.get(field.name) is not None:
+                chosen[field.name], origin[field.name] = values[field.name], where
+                break
+    return ImageSettings.from_dict(chosen), origin
+
+
+def beside_weights(checkpoint: Path) -> list[tuple[str, dict[str, Any]]]:
+    """Return the settings that `preprocess.json`, `config.json` beside a weights file or its own header give."""
+    found = []
+    for name in ("preprocess.json", "config.json"):
+        path = checkpoint.parent / name
+        if path.is_file():
+            try:
+                values = json.loads(path.read_text(encoding="utf-8"))
+            except (OSError, ValueError) as problem:
+                raise ModelError(f"`{path}` beside the checkpoint cannot be read as JSON: {problem}.") from None
+            if isinstance(values, dict):
+                found.append((f"`{name}` beside the weights", from_timm(values | values.get("pretrained_cfg", {}))))
+    if checkpoint.suffix == ".safetensors":
+        from safetensors import SafetensorError, safe_open
+
+        try:
+            with safe_open(checkpoint, "pt") as content:
+                header = content.metadata() or {}
+        except (SafetensorError, OSError):
+            header = {}  # the loader of the weights says what is wrong with the file
+        found.append(("the weights file's header", from_timm(_parse_header(header))))
+    return found
+
+
+def from_timm(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Translate timm's names (`input_size`, `crop_pct`) to ours; what is absent stays absent."""
+    size = values.get("size", values.get("input_size"))
+    if isinstance(size, (list, tuple)) and size:
+        size = size[-1]
+    return {
+        "size": size,
+        "crop_fraction": values.get("crop_fraction", values.get("crop_pct")),
+        "mean": values.get("mean"),
+        "std": values.get("std"),
+        "interpolation": values.get("interpolation"),
+    }
+
+
+def _parse_header(header: Mapping[str, str]) -> dict[str, Any]:
+    """Read `mean`, `std`, `input_size`, `interpolation` from a safetensors header, whose values are all text."""
+    values: dict[str, Any] = {}
+    try:
+        for key in ("mean", "std", "input_size"):
+            if key in header:
+                numbers = [float(part) for part in header[key].strip("()[] ").split(",")]
+                values[key] = int(numbers[-1]) if key == "input_size" else tuple(numbers)
+    except ValueError:
+        raise ModelError(
+            f"The weights file's header gives `{key}` as {header[key]!r}, which is no list of numbers."
+        ) from None
+    if "interpolation" in header:
+        values["interpolation"] = header["interpolation"]
+    return values

@@ -1,0 +1,13 @@
+"""Objectives: what a batch of images should teach the network. One file each, on the contract of `base.py`."""
+
+from tes.registry import Registry
+
+objectives = Registry(
+    "objective",
+    {
+        "ce": "tes.objectives.ce:CrossEntropy",
+        "label_smoothing": "tes.objectives.label_smoothing:LabelSmoothing",
+        "tes": "tes.objectives.tes:TextSupervised",
+    },
+    "tes.objectives",
+)

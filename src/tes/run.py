@@ -1,0 +1,184 @@
+"""The run folder, format 1: claiming it, and reading it back. Nothing in it is ever imported or unpickled.
+
+run.json (written last)  config.yaml  env.json  classes.json  metrics.jsonl  timing.jsonl  splits.csv
+predictions/{train,val,test}.npz  per_class_{val,test}.csv  model.safetensors  preprocess.json
+text_head.safetensors  start_head.safetensors  thumbnails/  README.md
+"""
+
+from __future__ import annotations
+
+import contextlib
+import re
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from tes.errors import RunError, did_you_mean
+from tes.files import read_json
+from tes.predictions import Predictions
+
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class Run:
+    """A finished run. Thin: a path and what the files below it say."""
+
+    path: Path
+
+    @staticmethod
+    def open(path: str | Path) -> Run:
+        """Open a run folder.
+
+        Raises:
+            RunError: There is no such folder, it is no run, it never finished, or another version wrote it.
+        """
+        folder = Path(path)
+        if not folder.is_dir():
+            siblings = [other.name for other in folder.parent.iterdir()] if folder.parent.is_dir() else []
+            raise RunError(f"There is no run folder `{folder}`.{did_you_mean(folder.name, siblings)}")
+        if not (folder / "run.json").is_file():
+            started = (folder / "config.yaml").is_file()
+            why = "its training did not finish (there is no run.json)" if started else "there is no run.json in it"
+            raise RunError(f"`{folder}` is not a finished run: {why}.")
+        run = Run(folder)
+        if run.summary.get("format") != FORMAT:
+            raise RunError(
+                f"`{folder}` has run format {run.summary.get('format')!r}; this version reads format {FORMAT}."
+            )
+        return run
+
+    @cached_property
+    def summary(self) -> dict[str, Any]:
+        """What run.json says: status, arm, metrics."""
+        value = read_json(self.path / "run.json", RunError)
+        if not isinstance(value, dict):
+            raise RunError(f"`{self.path / 'run.json'}` does not hold an object.")
+        return value
+
+    @cached_property
+    def settings(self) -> dict[str, Any]:
+        """The resolved settings as plain values."""
+        try:
+            value = yaml.safe_load((self.path / "config.yaml").read_text(encoding="utf-8"))
+        except (OSError, UnicodeDecodeError, yaml.YAMLError) as problem:
+            raise RunError(f"`{self.path / 'config.yaml'}` cannot be read: {' '.join(str(problem).split())}.") from None
+        if not isinstance(value, dict):
+            raise RunError(f"`{self.path / 'config.yaml'}` does not hold settings.")
+        return value
+
+    @cached_property
+    def classes(self) -> list[dict[str, Any]]:
+        """The classes in index order: `class` (folder or label), `name`, `prompts`."""
+        value = read_json(self.path / "classes.json", RunError)
+        try:
+            rows = value["classes"]
+            _ = [(str(row["class"]), str(row["name"])) for row in rows]
+        except (TypeError, KeyError):
+            raise RunError(f"`{self.path / 'classes.json'}` does not list classes.") from None
+        return rows
+
+    @property
+    def metrics(self) -> dict[str, Any]:
+        """Metrics per split and head, as recorded."""
+        return self.summary.get("metrics", {})
+
+    def predictions(self, split: str) -> Predictions:
+        """Return the saved predictions of `val` or `test` (of `train`: out of fold)."""
+        path = self.path / "predictions" / f"{split}.npz"
+        if not path.is_file():
+            found = sorted(other.stem for other in path.parent.glob("*.npz"))
+            raise RunError(
+                f"The run `{self.path}` has no predictions for `{split}`; it has: {', '.join(found) or 'none'}."
+            )
+        predictions = Predictions.load(path)
+        num_classes = len(self.classes)
+        for head, logits in predictions.logits.items():
+            if logits.shape[1] != num_classes:
+                raise RunError(
+                    f"`{path}` has {logits.shape[1]} columns for the head `{head}`; the run has {num_classes} classes."
+                )
+        return predictions
+
+
+class Claim:
+    """A run folder that is ours to fill. Until `keep` is called, a failure leaves nothing behind."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.kept = False
+
+    def keep(self) -> None:
+        """From here on the folder holds work worth keeping, even if the run fails."""
+        self.kept = True
+
+
+@contextlib.contextmanager
+def claim(out: str | None, stem: str, overwrite: bool) -> Iterator[Claim]:
+    """Make the run folder, so that an output path that cannot be made is known before any work is done.
+
+    Args:
+        out: The folder; None takes the next free `runs/<stem>-<n>`.
+        stem: `<data>-<arm>`.
+        overwrite: Replace an existing run. The old one is put back if the new one fails.
+
+    Raises:
+        RunError: The folder cannot be made, holds something already, or is no run of ours.
+    """
+    path = Path(out).expanduser() if out is not None else None
+    replaced: Path | None = None
+    try:
+        if path is None:
+            path = _next_free(Path("runs"), stem)
+        else:
+            if path.is_dir() and any(path.iterdir()):
+                replaced = _set_aside(path, overwrite)
+            path.mkdir(parents=True, exist_ok=True)
+            if not path.is_dir():
+                raise NotADirectoryError(f"`{path}` is a file")
+    except OSError as problem:
+        raise RunError(f"The run folder `{path or 'runs'}` cannot be made: {problem.strerror or problem}.") from None
+    claimed = Claim(path)
+    try:
+        yield claimed
+    except BaseException:
+        if replaced is not None:
+            shutil.rmtree(path, ignore_errors=True)
+            replaced.rename(path)
+        elif not claimed.kept:
+            shutil.rmtree(path, ignore_errors=True)
+            if out is None:
+                with contextlib.suppress(OSError):
+                    path.parent.rmdir()  # `runs`, where this would have been the first
+        raise
+    if replaced is not None:
+        shutil.rmtree(replaced, ignore_errors=True)
+
+
+def _set_aside(path: Path, overwrite: bool) -> Path:
+    if not ((path / "run.json").is_file() or (path / "config.yaml").is_file()):
+        raise RunError(f"`{path}` holds files that are not a run; choose another --out.")
+    if not overwrite:
+        raise RunError(f"There is a run in `{path}` already; choose another --out, or replace it with --overwrite.")
+    aside = path.with_name(f".{path.name}.replaced")
+    shutil.rmtree(aside, ignore_errors=True)
+    path.rename(aside)
+    return aside
+
+
+def _next_free(parent: Path, stem: str) -> Path:
+    stem = re.sub(r"[^\w@+.-]+", "_", stem).strip("._") or "run"
+    parent.mkdir(parents=True, exist_ok=True)
+    number = 1
+    while True:
+        path = parent / f"{stem}-{number}"
+        try:
+            path.mkdir()  # also decides between two processes that want the same number
+            return path
+        except FileExistsError:
+            number += 1

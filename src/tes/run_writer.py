@@ -1,0 +1,149 @@
+"""The writing half of the run folder (the reading half is run.py): one function per group of files."""
+
+from __future__ import annotations
+
+import csv
+import io
+import os
+import platform
+import sys
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from tes.config import Config
+from tes.data.dataset import Dataset
+from tes.engine.fit import Fitted
+from tes.engine.solve import LinearHead
+from tes.files import replacing, write_atomic, write_json
+from tes.metrics import evaluate_split, write_per_class_csv
+from tes.models.image_settings import ImageSettings
+from tes.predictions import Predictions
+from tes.run import FORMAT
+from tes.text.classifier import TextClassifier
+
+MAX_THUMBNAILS = 200
+THUMBNAIL_SIDE = 96
+PACKAGES = ("tes-vision", "torch", "torchvision", "timm", "transformers", "safetensors", "numpy", "pillow", "pydantic")
+
+
+def write_inputs(
+    folder: Path, config: Config, dataset: Dataset, text: TextClassifier | None, images: ImageSettings
+) -> None:
+    """Write what the run is about to learn from: settings, machine, classes, splits, thumbnails."""
+    write_atomic(folder / "config.yaml", config.to_yaml())
+    write_json(folder / "env.json", environment())
+    write_json(folder / "preprocess.json", images.to_dict())
+    write_json(folder / "classes.json", {"format": FORMAT, "classes": _class_rows(dataset, text)})
+    out = io.StringIO()
+    table = csv.writer(out, lineterminator="\n")
+    table.writerow(["path", "label", "split", "group", "sha1"])
+    labels = [info.label for info in dataset.classes]
+    for path, label, split, group, sha1 in zip(
+        dataset.paths, dataset.labels, dataset.splits, dataset.groups, dataset.sha1s
+    ):
+        table.writerow([path, labels[label], split, group or "", sha1])
+    write_atomic(folder / "splits.csv", out.getvalue())
+    _write_thumbnails(folder / "thumbnails", dataset)
+
+
+def write_predictions(folder: Path, split: str, predictions: Predictions, dataset: Dataset) -> dict[str, Any]:
+    """Save a split's predictions and its per-class table; return the metrics of every head."""
+    (folder / "predictions").mkdir(exist_ok=True)
+    predictions.save(folder / "predictions" / f"{split}.npz")
+    head = predictions.heads()[0]
+    write_per_class_csv(folder / f"per_class_{split}.csv", predictions, dataset.classes, head)
+    return evaluate_split(predictions, coarse_names(dataset))
+
+
+def write_out_of_fold(folder: Path, predictions: Predictions) -> None:
+    """Save what models that had not seen a training image say about it."""
+    (folder / "predictions").mkdir(exist_ok=True)
+    predictions.save(folder / "predictions" / "train.npz")
+
+
+def coarse_names(dataset: Dataset) -> list[str] | None:
+    """Return every class's coarse class, or None where some class has none."""
+    names = [info.coarse for info in dataset.classes]
+    return None if any(name is None for name in names) else names
+
+
+def write_model(folder: Path, fitted: Fitted, text: TextClassifier | None) -> None:
+    """Save the shipped model, the head it started from and, where there is one, the text head.
+
+    No time stamp and no path goes into the files: equal training gives equal bytes.
+    """
+    learner = fitted.learner
+    model = {f"backbone.{name}": tensor for name, tensor in learner.backbone.network.state_dict().items()}
+    head = learner.linear_head()
+    _save_tensors(folder / "model.safetensors", model | {"head.weight": head.weight_CF, "head.bias": head.bias_C})
+    write_head(folder / "start_head.safetensors", fitted.start_head)
+    own = learner.objective.state_dict()
+    if own and text is not None:
+        extra = {} if text.centre is None else {"centre": torch.from_numpy(np.asarray(text.centre))}
+        temperature = getattr(learner.objective.config, "temperature", None)
+        if temperature is not None:
+            extra["temperature"] = torch.tensor(float(temperature))
+        _save_tensors(folder / "text_head.safetensors", dict(own) | extra)
+
+
+def write_head(path: Path, head: LinearHead) -> None:
+    """Save a linear head on the pooled feature."""
+    _save_tensors(path, {"weight": head.weight_CF, "bias": head.bias_C})
+
+
+def environment() -> dict[str, Any]:
+    """Return versions, hardware and the command that was given."""
+    versions: dict[str, str | None] = {}
+    for package in PACKAGES:
+        try:
+            versions[package] = version(package)
+        except PackageNotFoundError:
+            versions[package] = None
+    return {
+        "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "processor": torch.cuda.get_device_name()
+        if torch.cuda.is_available()
+        else platform.processor() or platform.machine(),
+        "num_cores": os.cpu_count(),
+        "num_threads": torch.get_num_threads(),
+        "packages": versions,
+    }
+
+
+def _class_rows(dataset: Dataset, text: TextClassifier | None) -> list[dict[str, Any]]:
+    rows = []
+    for index, info in enumerate(dataset.classes):
+        row: dict[str, Any] = {"class": info.label, "name": info.name}
+        row["prompts"] = list(text.prompts[index]) if text is not None else []
+        if info.coarse is not None:
+            row["coarse"] = info.coarse
+        rows.append(row)
+    return rows
+
+
+def _save_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
+    with replacing(path) as temporary:
+        save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, temporary)
+
+
+def _write_thumbnails(folder: Path, dataset: Dataset) -> None:
+    """Keep small copies of up to 200 images, spread over the classes, for reports that lack the data."""
+    order = {"test": 0, "val": 1, "train": 2, "unused": 3}
+    by_class = [
+        sorted(np.flatnonzero(dataset.labels == label), key=lambda index: (order[str(dataset.splits[index])], index))
+        for label in range(dataset.num_classes)
+    ]
+    rounds = [members[k] for k in range(max(map(len, by_class))) for members in by_class if k < len(members)]
+    folder.mkdir(exist_ok=True)
+    for index in rounds[:MAX_THUMBNAILS]:
+        image = dataset.read_image(int(index))
+        image.thumbnail((THUMBNAIL_SIDE, THUMBNAIL_SIDE))
+        image.save(folder / f"{dataset.sha1s[index]}.jpg", quality=80)

@@ -1,0 +1,99 @@
+"""Everything that the user left open is decided here, once, and each decision carries its reason."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from tes.config import Config
+from tes.data.dataset import Dataset
+from tes.engine.compute import Compute, resolve_device, resolve_workers
+from tes.engine.loader import steps_per_epoch
+from tes.errors import ConfigError
+from tes.models.backbone import Backbone
+from tes.models.precision import resolve_precision
+from tes.objectives.base import Objective
+
+NUM_EPOCHS = 20
+LEARNING_RATE = {"sgd": 0.01, "adamw": 1e-4}
+
+
+@dataclass(frozen=True)
+class Settled:
+    """Settings without a gap, where the run computes, and a line of reason for every decision."""
+
+    config: Config
+    compute: Compute
+    reasons: list[str]
+
+
+def check_needs(config: Config, objective_class: type[Objective]) -> None:
+    """Refuse what cannot work before anything is loaded.
+
+    Raises:
+        ConfigError: The objective, the start and what is trained do not go together.
+    """
+    if config.train != "head":
+        return
+    if config.start == "random":
+        raise ConfigError(
+            "`start: random` with `train: head` would measure undertraining; a head is solved, not stepped."
+        )
+    if "trainable_backbone" in objective_class.needs:
+        raise ConfigError(f"The objective `{config.objective.name}` trains the backbone; use it with `--train all`.")
+
+
+def settle(config: Config, dataset: Dataset, backbone: Backbone, objective_class: type[Objective]) -> Settled:
+    """Decide device, arithmetic, image settings, what is trained, the start, the refit and the optimiser's budget."""
+    values: dict[str, Any] = {}
+    reasons: list[str] = []
+
+    def decide(key: str, value: Any, why: str) -> Any:
+        values[key] = value
+        shown = [round(part, 4) for part in value] if isinstance(value, tuple) else value
+        reasons.append(f"  {key} = {shown}  ({why})")
+        return value
+
+    device = decide("device", *resolve_device(config.device))
+    precision, memory_format, why = resolve_precision(config.precision, config.memory_format, device, backbone.family)
+    decide("precision", precision, why)
+    decide("memory_format", memory_format, why)
+    num_workers = decide("num_workers", *resolve_workers(config.num_workers, device))
+    for key, why in backbone.origin.items():
+        decide(f"image.{key}", getattr(backbone.images, key), why)
+    if "class_text" in objective_class.needs and config.text.centre is None:
+        decide("text.centre", True, "class names crowd in a narrow cone")
+
+    train = config.train
+    if train == "auto":
+        train = "head" if device == "cpu" else "all"
+        decide("train", train, "no accelerator" if device == "cpu" else f"on {device}")
+    start = config.start or decide("start", objective_class.default_start, f"the default of `{config.objective.name}`")
+    if start == "auto":
+        decide("start", "probe", "auto, and there is no text prior in this version")
+    if config.refit == "auto":
+        if train == "head" and config.data.shots is None:
+            decide("refit", "trainval", "a head at full data: val has served once it has been scored")
+        else:
+            decide("refit", "none", "few shots stay few" if config.data.shots else "it would double the time")
+    if train == "all":
+        _settle_optimiser(config, len(dataset.indices("train")), decide)
+    settled = config.replace(values)
+    check_needs(settled, objective_class)
+    return Settled(settled, Compute(device, precision, memory_format, num_workers), reasons)
+
+
+def _settle_optimiser(config: Config, num_images: int, decide: Any) -> None:
+    optim = config.optim
+    learning_rate = optim.learning_rate or decide("optim.learning_rate", LEARNING_RATE[optim.name], "the default")
+    if optim.head_learning_rate is None:
+        decide("optim.head_learning_rate", learning_rate, "as the backbone's")
+    if optim.num_steps is None:
+        num_epochs = optim.num_epochs or NUM_EPOCHS
+        per_epoch = steps_per_epoch(num_images, optim.batch_size)
+        decide("optim.num_epochs", None, "counted in steps")
+        decide(
+            "optim.num_steps", max(1, round(num_epochs * per_epoch)), f"{num_epochs:g} epochs of {num_images} images"
+        )
+    if optim.freeze_norms is None:
+        decide("optim.freeze_norms", True, "the default")

@@ -1,0 +1,67 @@
+"""Scores of a finished run: from its saved predictions, or on another labelled data set."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from tes import data
+from tes.engine.compute import Compute
+from tes.errors import RunError
+from tes.metrics import evaluate_split
+from tes.predictions import Predictions
+from tes.run import Run
+from tes.verbs.predict import load_learner
+from tes.verbs.train import predict
+
+
+def evaluate(
+    run: Run | str | Path,
+    split: str = "test",
+    *,
+    data_source: str | None = None,
+    backbone: str | None = None,
+    network: nn.Module | None = None,
+) -> dict[str, Any]:
+    """Return the metrics of every head that the run has.
+
+    Args:
+        run: A run or its folder.
+        split: `val` or `test`, from the saved predictions.
+        data_source: Another labelled folder or CSV, to run the model on; its classes are matched by name.
+        backbone: For an own module, its `package.module:factory`, repeated: a run's own word is not imported.
+        network: The module itself, likewise.
+
+    Returns:
+        {"split", "num_samples", "default_head", "heads": {head: {metric: fraction}}}; with `data_source` also "data".
+    """
+    run = run if isinstance(run, Run) else Run.open(run)
+    result: dict[str, Any] = {"split": split}
+    if data_source is None:
+        if split not in ("val", "test"):
+            raise RunError(f"`--split {split}`: a run has saved predictions for val and test.")
+        predictions = run.predictions(split)
+        coarse = [row.get("coarse") for row in run.classes]
+    else:
+        dataset, predictions = _predict_elsewhere(run, data_source, backbone, network)
+        result = {"split": "all", "data": dataset.name}
+        coarse = [info.coarse for info in dataset.classes]
+    heads = evaluate_split(predictions, coarse if all(name is not None for name in coarse) else None)
+    return result | {
+        "num_samples": len(predictions.labels),
+        "default_head": run.summary.get("default_head", "vision"),
+        "heads": heads,
+    }
+
+
+def _predict_elsewhere(
+    run: Run, source: str, backbone: str | None, network: nn.Module | None
+) -> tuple[data.Dataset, Predictions]:
+    classes = [
+        data.ClassInfo(label=str(row["class"]), name=str(row["name"]), coarse=row.get("coarse")) for row in run.classes
+    ]
+    dataset = data.load_labelled(source, classes)
+    learner = load_learner(run, backbone=backbone, network=network, compute=Compute("cpu", "fp32", "contiguous", 0))
+    return dataset, predict(learner, dataset, dataset.indices("test"))

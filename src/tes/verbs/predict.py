@@ -1,0 +1,193 @@
+"""A finished run as a classifier of new images. It needs no text: only the backbone and the vision head.
+
+Nothing in the run folder is imported: a saved `package.module:factory` runs only when the caller repeats it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from tes import console
+from tes.config import BackboneConfig
+from tes.data.images import SUFFIXES, UnreadableImageError, decode
+from tes.engine.compute import Compute
+from tes.engine.learner import Learner
+from tes.engine.loader import eval_transform
+from tes.engine.solve import LinearHead
+from tes.errors import DataError, RunError, did_you_mean
+from tes.files import read_json
+from tes.models.backbone import Backbone, build_network, own_network
+from tes.models.checkpoint import load_strictly, read_weights
+from tes.models.image_settings import ImageSettings
+from tes.objectives import objectives
+from tes.objectives.base import Objective, ObjectiveContext
+from tes.run import Run
+
+BATCH_SIZE = 64
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What the model says about one image; `label` is "" and `reason` says why where it could not be read."""
+
+    path: str
+    label: str
+    prob: float | None
+    top5: tuple[tuple[str, float], ...]
+    reason: str | None = None
+
+
+class Classifier:
+    """A trained model and its class names, ready for new images."""
+
+    def __init__(self, learner: Learner, labels: Sequence[str]) -> None:
+        self.learner, self.labels = learner, list(labels)
+        self.transform = eval_transform(learner.backbone.images)
+
+    @staticmethod
+    def from_run(run: Run | str | Path, *, backbone: str | None = None, network: nn.Module | None = None) -> Classifier:
+        """Load the model of a run folder.
+
+        Args:
+            run: A run or its folder.
+            backbone: For a run with an own module: its `package.module:factory`, repeated.
+            network: The module itself, likewise.
+
+        Raises:
+            RunError: The folder is damaged, or an own module was not repeated.
+        """
+        run = run if isinstance(run, Run) else Run.open(run)
+        learner = load_learner(run, backbone=backbone, network=network, compute=Compute("cpu", "fp32", "contiguous", 0))
+        return Classifier(learner, [str(row["class"]) for row in run.classes])
+
+    @torch.inference_mode()
+    def probabilities(self, images: Iterable[Image.Image]) -> Tensor:
+        """Return probabilities (B, C) of RGB images."""
+        batch = torch.stack([self.transform(image.convert("RGB")) for image in images])
+        learner = self.learner.eval()
+        return learner.output(learner.backbone(batch)).logits_BC.softmax(dim=1)
+
+    def predict(self, paths: Iterable[str | Path]) -> Iterator[Prediction]:
+        """Yield a prediction per image file, in order; a file that cannot be read yields a reason instead."""
+        paths = list(paths)
+        with console.progress(len(paths), "predicting") as progress:
+            for start in range(0, len(paths), BATCH_SIZE):
+                part = paths[start : start + BATCH_SIZE]
+                read = [_read(path) for path in part]
+                images = [image for image in read if isinstance(image, Image.Image)]
+                rows = iter(self.probabilities(images) if images else ())
+                for path, image in zip(part, read):
+                    if isinstance(image, Image.Image):
+                        yield self._prediction(str(path), next(rows))
+                    else:
+                        yield Prediction(str(path), "", None, (), reason=image)
+                progress.advance(len(part))
+
+    def _prediction(self, path: str, row_C: Tensor) -> Prediction:
+        values, indices = row_C.topk(min(5, len(self.labels)))
+        top5 = tuple((self.labels[index], float(value)) for value, index in zip(values, indices.tolist()))
+        return Prediction(path, top5[0][0], top5[0][1], top5)
+
+
+def image_files(paths: Iterable[str | Path]) -> list[Path]:
+    """Return the files named, and the images below the folders named, in order.
+
+    Raises:
+        DataError: A path does not exist, or a folder holds no image.
+    """
+    files: list[Path] = []
+    for path in map(Path, paths):
+        if path.is_dir():
+            below = sorted(
+                file
+                for file in path.rglob("*")
+                if file.is_file() and file.suffix.lower() in SUFFIXES and not file.name.startswith(".")
+            )
+            if not below:
+                raise DataError(f"The folder `{path}` holds no images.")
+            files += below
+        elif path.exists():
+            files.append(path)
+        else:
+            near = did_you_mean(path.name, [f.name for f in path.parent.iterdir()]) if path.parent.is_dir() else ""
+            raise DataError(f"There is no image or folder `{path}`.{near}")
+    return files
+
+
+def load_learner(run: Run, *, backbone: str | None, network: nn.Module | None, compute: Compute) -> Learner:
+    """Rebuild a run's network with its trained weights and, where it has one, its text head.
+
+    Raises:
+        RunError: The folder is damaged, or its backbone is an own module that was not repeated.
+    """
+    settings = run.settings
+    recorded = settings.get("backbone") or {}
+    name = str(recorded.get("name"))
+    images = ImageSettings.from_dict(read_json(run.path / "preprocess.json", RunError))
+    weights = read_weights(run.path / "model.safetensors")
+    if network is None:
+        kwargs = dict(recorded.get("kwargs") or {})
+        if ":" in name:
+            if backbone is None:
+                raise RunError(
+                    f"The run's backbone is the own module `{name}`, which is not imported on a run folder's word; if"
+                    f" you trust it, repeat it: --backbone {name}."
+                )
+            network = own_network(BackboneConfig(name=backbone, kwargs=kwargs))
+        else:
+            network = build_network(name, kwargs)
+    prefix = "backbone."
+    own = {key.removeprefix(prefix): value for key, value in weights.items() if key.startswith(prefix)}
+    load_strictly(network, own, f"The model of `{run.path}`")
+    model = Backbone(network, backbone or name, images, {})
+    num_classes = len(run.classes)
+    try:
+        head = LinearHead(weights["head.weight"], weights["head.bias"])
+    except KeyError as missing:
+        raise RunError(f"`{run.path / 'model.safetensors'}` has no {missing}.") from None
+    if head.weight_CF.shape != (num_classes, model.num_features):
+        raise RunError(
+            f"The head in `{run.path}` is {tuple(head.weight_CF.shape)}, but the run has {num_classes} classes and the"
+            f" backbone {model.num_features} features."
+        )
+    learner = Learner(model, head, _objective(run, settings, model, num_classes), compute)
+    return compute.place(learner).eval()
+
+
+def _objective(run: Run, settings: dict[str, Any], backbone: Backbone, num_classes: int) -> Objective:
+    """Return the run's objective with its trained text head; one without parameters where the run has no text head."""
+    path = run.path / "text_head.safetensors"
+    recorded = dict(settings.get("objective") or {})
+    if not path.is_file():
+        return objectives.get("ce")(objectives.get("ce").Config())
+    objective_class = objectives.get(str(recorded.get("name")))
+    try:
+        config = objective_class.Config.model_validate(recorded)
+    except ValueError as problem:
+        raise RunError(
+            f"The objective in `{run.path / 'config.yaml'}` is not valid: {' '.join(str(problem).split())}."
+        ) from None
+    tensors = read_weights(path)
+    class_text_CD = tensors.get("class_text_CD")
+    if class_text_CD is None or len(class_text_CD) != num_classes:
+        raise RunError(f"`{path}` does not hold a text row for each of the {num_classes} classes.")
+    objective: Objective = objective_class(config)
+    objective.setup(ObjectiveContext(backbone.num_features, num_classes, 0, class_text_CD))
+    load_strictly(objective, tensors, f"The text head of `{run.path}`")
+    return objective
+
+
+def _read(path: str | Path) -> Image.Image | str:
+    try:
+        return decode(Path(path).read_bytes())
+    except UnreadableImageError as problem:
+        return str(problem)
+    except OSError as problem:
+        return problem.strerror or str(problem)

@@ -1,0 +1,165 @@
+"""The objectives against formulas written out in NumPy, float64, with gradients by hand."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from tes.errors import ConfigError
+from tes.objectives import objectives
+from tes.objectives.base import ModelOutput, ObjectiveContext
+
+B, C, F, D = 6, 5, 7, 4
+
+
+def make(name: str, text: np.ndarray | None = None, seed: int = 0, **settings):
+    part = objectives.get(name)
+    objective = part(part.Config(**settings))
+    rows = None if text is None else torch.from_numpy(text)
+    objective.setup(ObjectiveContext(F, C, seed, rows))
+    return objective
+
+
+def batch(seed: int = 0):
+    draw = np.random.default_rng(seed)
+    features, logits = draw.normal(size=(B, F)), draw.normal(size=(B, C))
+    labels = draw.integers(C, size=B)
+    return features, logits, np.eye(C)[labels]
+
+
+def text_rows(seed: int = 1) -> np.ndarray:
+    rows = np.random.default_rng(seed).normal(size=(C, D))
+    return rows / np.linalg.norm(rows, axis=1, keepdims=True)
+
+
+def softmax(x: np.ndarray) -> np.ndarray:
+    e = np.exp(x - x.max(axis=1, keepdims=True))
+    return e / e.sum(axis=1, keepdims=True)
+
+
+def naive_tes(features, logits, target, text, projection, lambda_v, lambda_t, tau):
+    """METHOD: loss and its gradients with respect to logits and features, one image at a time where that is possible."""
+    w1, b1, gamma, beta, w2, b2 = projection
+    a = features @ w1.T + b1
+    mean, var = a.mean(axis=0), a.var(axis=0)
+    normal = (a - mean) / np.sqrt(var + 1e-5)
+    n = gamma * normal + beta
+    r = np.maximum(n, 0)
+    z = r @ w2.T + b2
+    norm = np.linalg.norm(z, axis=1, keepdims=True)
+    u = z / norm
+    t = u @ text.T / tau
+    q = (1 - lambda_v) * target + lambda_v * softmax(t)
+    vision = text_loss = 0.0
+    for i in range(len(features)):
+        for c in range(text.shape[0]):
+            vision -= q[i, c] * np.log(softmax(logits)[i, c]) / len(features)
+            text_loss -= target[i, c] * np.log(softmax(t)[i, c]) / len(features)
+    d_logits = (softmax(logits) - q) / len(features)
+    d_t = lambda_t * (softmax(t) - target) / len(features)
+    d_u = d_t @ text / tau
+    d_z = (d_u - u * (u * d_u).sum(axis=1, keepdims=True)) / norm
+    d_w2 = d_z.T @ r
+    d_n = (d_z @ w2) * (n > 0)
+    d_normal = d_n * gamma
+    d_a = (d_normal - d_normal.mean(axis=0) - normal * (d_normal * normal).mean(axis=0)) / np.sqrt(var + 1e-5)
+    return vision + lambda_t * text_loss, d_logits, d_a @ w1, d_w2, d_a.T @ features
+
+
+@pytest.mark.parametrize(("lambda_v", "lambda_t", "tau"), [(0.2, 0.4, 0.03), (0.5, 1.0, 0.1), (1.0, 0.3, 0.5)])
+def test_loss_and_gradients_equal_an_independent_float64_formula(lambda_v, lambda_t, tau):
+    text = text_rows()
+    objective = make(
+        "tes", text, text_target_weight=lambda_v, text_loss_weight=lambda_t, temperature=tau
+    ).double()
+    objective.class_text_CD = torch.from_numpy(text)
+    features, logits, target = batch()
+    f, v = (torch.from_numpy(x).requires_grad_() for x in (features, logits))
+    loss = sum(objective.losses(ModelOutput(f, v), torch.from_numpy(target)).values())
+    loss.backward()
+    linear1, norm, _, linear2 = objective.projection
+    parameters = [p.detach().numpy() for p in (*linear1.parameters(), *norm.parameters(), *linear2.parameters())]
+    expected, d_logits, d_features, d_w2, d_w1 = naive_tes(
+        features, logits, target, text, parameters, lambda_v, lambda_t, tau
+    )
+    assert loss.item() == pytest.approx(expected, rel=1e-6)
+    for got, want in ((v, d_logits), (f, d_features), (linear2.weight, d_w2), (linear1.weight, d_w1)):
+        np.testing.assert_allclose(got.grad.numpy(), want, rtol=1e-6, atol=1e-10)
+
+
+def test_no_gradient_flows_from_the_softened_target_into_the_projection():
+    objective = make("tes", text_rows().astype("float32"), text_target_weight=0.5, text_loss_weight=0.0)
+    features, logits, target = (torch.from_numpy(x).float() for x in batch())
+    features.requires_grad_()
+    objective.losses(ModelOutput(features, logits.requires_grad_()), target)["vision_loss"].backward()
+    assert logits.grad.abs().sum() > 0
+    assert features.grad is None
+    assert all(parameter.grad is None for parameter in objective.projection.parameters())
+
+
+def test_weights_of_zero_give_plain_cross_entropy_bit_for_bit():
+    tes = make("tes", text_rows().astype("float32"), text_target_weight=0.0, text_loss_weight=0.0)
+    ce = make("ce")
+    features, logits, target = (torch.from_numpy(x).float() for x in batch())
+    grads = []
+    for objective in (tes, ce):
+        v = logits.clone().requires_grad_()
+        loss = sum(objective.losses(ModelOutput(features, v), target).values())
+        loss.backward()
+        grads.append((loss.detach(), v.grad))
+    assert torch.equal(grads[0][0], grads[1][0]) and torch.equal(grads[0][1], grads[1][1])
+
+
+def test_label_smoothing_equals_pytorchs():
+    objective = make("label_smoothing", smoothing=0.1)
+    features, logits, target = (torch.from_numpy(x) for x in batch())
+    loss = objective.losses(ModelOutput(features, logits), target)["vision_loss"]
+    expected = torch.nn.functional.cross_entropy(logits, target.argmax(dim=1), label_smoothing=0.1)
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-12)
+
+
+def test_own_parameters_come_from_the_seed_and_leave_the_global_generator_alone():
+    torch.manual_seed(3)
+    before = torch.get_rng_state()
+    first, second, other = (make("tes", text_rows(), seed=seed) for seed in (0, 0, 1))
+    assert torch.equal(torch.get_rng_state(), before)
+    assert torch.equal(first.projection[0].weight, second.projection[0].weight)
+    assert not torch.equal(first.projection[0].weight, other.projection[0].weight)
+
+
+def test_fitting_the_projection_to_features_makes_text_logits_follow_the_labels():
+    draw = np.random.default_rng(0)
+    labels = np.arange(60) % C
+    features = torch.from_numpy(draw.normal(size=(C, F))[labels] + 0.3 * draw.normal(size=(60, F))).float()
+    target = torch.nn.functional.one_hot(torch.from_numpy(labels), C).float()
+    objective = make("tes", text_rows().astype("float32"))
+    before = objective.eval().text_logits(features).argmax(dim=1)
+    figures = objective.fit_features(features, target)
+    after = objective.text_logits(features).argmax(dim=1)
+    accuracy = [(found == torch.from_numpy(labels)).float().mean().item() for found in (before, after)]
+    assert accuracy[0] < 0.6 < 0.9 < accuracy[1]
+    reference = objective.reference(ModelOutput(features, features), target)
+    expected = -reference[torch.arange(60), torch.from_numpy(labels)].log().mean().item()
+    assert figures["kl_label_to_reference"] == pytest.approx(expected, rel=1e-4)
+
+
+@pytest.mark.parametrize("name", objectives.names())
+def test_every_objective_keeps_the_contract(name):
+    text = text_rows().astype("float32") if "class_text" in objectives.get(name).needs else None
+    objective = make(name, text)
+    features, logits, target = (torch.from_numpy(x).float() for x in batch())
+    out = ModelOutput(features, logits.requires_grad_())
+    losses = objective.losses(out, target)
+    assert all(torch.isfinite(loss) and loss.ndim == 0 for loss in losses.values())
+    sum(losses.values()).backward()
+    assert logits.grad.abs().sum() > 0
+    reference = objective.reference(out, target)
+    assert torch.allclose(reference.sum(dim=1), torch.ones(B)) and not reference.requires_grad
+    assert objective.default_head in objective.heads(out)
+    assert all(head.shape == (B, C) for head in objective.heads(out).values())
+
+
+def test_an_unknown_objective_is_refused_with_the_nearest_name():
+    with pytest.raises(ConfigError, match="Did you mean `tes`"):
+        objectives.get("tess")
