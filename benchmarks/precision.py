@@ -68,7 +68,9 @@ def main() -> None:
         }
         for (precision, memory_format), ratio in ratios.items():
             rate = arguments.batch_size / statistics.median(candidates[precision, memory_format][2])
-            print(f"{family:12} {name:22} {precision} {memory_format:14} {ratio:5.2f} x fp32 time, {rate:7.1f} images/s")
+            print(
+                f"{family:12} {name:22} {precision} {memory_format:14} {ratio:5.2f} x fp32 time, {rate:7.1f} images/s"
+            )
         # Half precision and another layout have to earn their place: below 5 % it is noise.
         best = min(ratios, key=ratios.get)
         if ratios[best] > 0.95:

@@ -27,3 +27,66 @@ def shared() -> Path:
 
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+
+COLOURS = {"red_square": (200, 30, 30), "green_square": (30, 200, 30), "blue_square": (30, 30, 200)}
+
+
+@pytest.fixture(scope="session")
+def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Three classes of twelve small images that any network can tell apart. Read-only: copy it to change it."""
+    import numpy as np
+    from PIL import Image
+
+    root = tmp_path_factory.mktemp("photos") / "squares"
+    draw = np.random.default_rng(0)
+    for name, colour in COLOURS.items():
+        (root / name).mkdir(parents=True)
+        for number in range(12):
+            noise = draw.integers(-30, 30, size=(40, 48, 3))
+            pixels = (np.array(colour) + noise).clip(0, 255).astype("uint8")
+            Image.fromarray(pixels).save(root / name / f"{number:02}.png")
+    return root
+
+
+@pytest.fixture(scope="session")
+def texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Finished text rows for the classes of `photos`, and one more: what `--text file:PATH` reads."""
+    import numpy as np
+
+    path = tmp_path_factory.mktemp("texts") / "rows.npz"
+    rows = np.random.default_rng(1).normal(size=(4, 6)).astype("float32")
+    np.savez(path, names=np.array([*COLOURS, "yellow_square"]), embeddings=rows)
+    return path
+
+
+@pytest.fixture(scope="session")
+def resnet(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """A ResNet small enough to train in a test, as flags by dotted key: a timm name and a local checkpoint."""
+    import timm
+    import torch
+    from safetensors.torch import save_file
+
+    kwargs = {"channels": [4, 8, 8, 16], "stem_width": 4}
+    torch.manual_seed(0)
+    network = timm.create_model("resnet18", num_classes=10, **kwargs)
+    path = tmp_path_factory.mktemp("weights") / "tiny.safetensors"
+    save_file({name: tensor.contiguous() for name, tensor in network.state_dict().items()}, path)
+    return {"backbone.name": "resnet18", "backbone.kwargs": kwargs, "backbone.checkpoint": str(path), "image.size": 32}
+
+
+@pytest.fixture
+def cli(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):
+    """Run the command line in this process; return (exit code, stdout, stderr)."""
+    import sys
+
+    from tes.cli import main
+
+    def run(*arguments: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["tes", *map(str, arguments)])
+        with pytest.raises(SystemExit) as left:
+            main()
+        out, err = capsys.readouterr()
+        return int(left.value.code or 0), out, err
+
+    return run

@@ -42,7 +42,9 @@ def test_all_mistakes_are_reported_at_once_with_their_keys():
 
 
 def test_a_preset_gives_values_that_explicit_ones_override():
-    config = load_config(flags={"data.source": "x", "objective": "tes@paper"}, assignments=["objective.temperature=0.05"])
+    config = load_config(
+        flags={"data.source": "x", "objective": "tes@paper"}, assignments=["objective.temperature=0.05"]
+    )
     assert config.objective.text_target_weight == 0.2
     assert config.objective.text_loss_weight == 0.4
     assert config.objective.temperature == 0.05

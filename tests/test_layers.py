@@ -26,7 +26,19 @@ ROOMS = [
 LEVEL = {room: level for level, rooms in enumerate(ROOMS) for room in rooms}
 LOOKUPS = {("config", "objectives")}  # config asks the registry for an objective's own settings, at call time
 HEAVY = ("torch", "torchvision", "timm", "transformers", "sklearn", "scipy", "matplotlib")
-LIGHT_ROOMS = ("errors", "files", "registry", "console", "config", "metrics", "predictions", "data", "run", "cli", "text")
+LIGHT_ROOMS = (
+    "errors",
+    "files",
+    "registry",
+    "console",
+    "config",
+    "metrics",
+    "predictions",
+    "data",
+    "run",
+    "cli",
+    "text",
+)
 
 
 def room_of(path: Path) -> str:

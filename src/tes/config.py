@@ -101,12 +101,12 @@ class ObjectiveConfig(Settings):
 class OptimConfig(Settings):
     """The optimiser and its budget. `head_penalty` alone matters with `train: head`, which is solved, not stepped."""
 
-    name: Literal["sgd", "adamw"] = Field("sgd", description="SGD with Nesterov momentum, or AdamW")
+    name: Literal["adamw", "sgd"] = Field("adamw", description="AdamW, or SGD with Nesterov momentum")
     learning_rate: Annotated[float, Field(gt=0)] | None = Field(
-        None, description="of the backbone; None: 0.01 sgd, 0.0001 adamw"
+        None, description="of the backbone; None: by optimiser and family, see settle.py"
     )
     head_learning_rate: Annotated[float, Field(gt=0)] | None = Field(
-        None, description="of the vision head and the objective's own parameters; None: see engine/optim.py"
+        None, description="of the vision head and the objective's own parameters; None: as the backbone's"
     )
     momentum: Annotated[float, Field(ge=0, lt=1)] = Field(0.9, description="of sgd")
     weight_decay: Annotated[float, Field(ge=0)] = Field(1e-4, description="on weights, not on biases and norms")
@@ -123,9 +123,7 @@ class OptimConfig(Settings):
     clip_norm: Annotated[float, Field(gt=0)] | None = Field(
         None, description="largest norm of the gradient; None: no limit"
     )
-    freeze_norms: bool | None = Field(
-        None, description="keep batch norms at their pre-trained statistics; None: see engine/optim.py"
-    )
+    freeze_norms: bool | None = Field(None, description="keep batch norms at their pre-trained statistics; None: yes")
 
     @model_validator(mode="after")
     def _consistent(self) -> OptimConfig:

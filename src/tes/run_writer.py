@@ -83,13 +83,10 @@ def write_model(folder: Path, fitted: Fitted, text: TextClassifier | None) -> No
     head = learner.linear_head()
     _save_tensors(folder / "model.safetensors", model | {"head.weight": head.weight_CF, "head.bias": head.bias_C})
     write_head(folder / "start_head.safetensors", fitted.start_head)
-    own = learner.objective.state_dict()
-    if own and text is not None:
-        extra = {} if text.centre is None else {"centre": torch.from_numpy(np.asarray(text.centre))}
-        temperature = getattr(learner.objective.config, "temperature", None)
-        if temperature is not None:
-            extra["temperature"] = torch.tensor(float(temperature))
-        _save_tensors(folder / "text_head.safetensors", dict(own) | extra)
+    text_head = getattr(learner.objective, "text_head", None)
+    if text_head is not None and text is not None:
+        centre_D = None if text.centre is None else torch.from_numpy(text.centre)
+        _save_tensors(folder / "text_head.safetensors", text_head.tensors(centre_D))
 
 
 def write_head(path: Path, head: LinearHead) -> None:

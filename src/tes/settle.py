@@ -15,7 +15,12 @@ from tes.models.precision import resolve_precision
 from tes.objectives.base import Objective
 
 NUM_EPOCHS = 20
-LEARNING_RATE = {"sgd": 0.01, "adamw": 1e-4}
+# A solved head has large weights, and its first gradients are large too: AdamW's steps do not depend on their size,
+# where SGD from the same start diverged within ten steps (LOG.md, 2026-11-24). Transformers want a tenth, as is usual.
+LEARNING_RATE = {
+    "adamw": {"conv": 3e-4, "depthwise": 3e-4, "transformer": 3e-5},
+    "sgd": {"conv": 1e-3, "depthwise": 1e-3, "transformer": 1e-3},
+}
 
 
 @dataclass(frozen=True)
@@ -77,15 +82,17 @@ def settle(config: Config, dataset: Dataset, backbone: Backbone, objective_class
         else:
             decide("refit", "none", "few shots stay few" if config.data.shots else "it would double the time")
     if train == "all":
-        _settle_optimiser(config, len(dataset.indices("train")), decide)
+        _settle_optimiser(config, backbone.family, len(dataset.indices("train")), decide)
     settled = config.replace(values)
     check_needs(settled, objective_class)
     return Settled(settled, Compute(device, precision, memory_format, num_workers), reasons)
 
 
-def _settle_optimiser(config: Config, num_images: int, decide: Any) -> None:
+def _settle_optimiser(config: Config, family: str, num_images: int, decide: Any) -> None:
     optim = config.optim
-    learning_rate = optim.learning_rate or decide("optim.learning_rate", LEARNING_RATE[optim.name], "the default")
+    usual = LEARNING_RATE[optim.name][family]
+    why = f"the default of {optim.name} for a {family} network"
+    learning_rate = optim.learning_rate or decide("optim.learning_rate", usual, why)
     if optim.head_learning_rate is None:
         decide("optim.head_learning_rate", learning_rate, "as the backbone's")
     if optim.num_steps is None:

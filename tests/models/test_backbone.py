@@ -56,7 +56,9 @@ def test_features_equal_the_source_networks_and_its_head_is_kept(tmp_path, spec,
     network = timm_checkpoint(path, spec)
     backbone = load_backbone(BackboneConfig(**spec, checkpoint=str(path)), ImageConfig(size=32))
     images = torch.randint(0, 256, (3, 3, 32, 32), dtype=torch.uint8)
-    x = (images / 255 - torch.tensor(backbone.images.mean).view(3, 1, 1)) / torch.tensor(backbone.images.std).view(3, 1, 1)
+    x = (images / 255 - torch.tensor(backbone.images.mean).view(3, 1, 1)) / torch.tensor(backbone.images.std).view(
+        3, 1, 1
+    )
     with torch.no_grad():
         features = backbone.eval()(images)
         expected = network.forward_head(network.forward_features(x), pre_logits=True)
@@ -77,7 +79,9 @@ def test_a_checkpoint_of_another_architecture_names_the_tensors(tmp_path):
 def test_a_tensor_left_unloaded_is_an_error_that_names_it(tmp_path):
     network = timm_checkpoint(tmp_path / "w.pth", TINY_RESNET)
     tensors = {name: value for name, value in network.state_dict().items() if name != "layer2.0.conv1.weight"}
-    torch.save({"epoch": 3, "state_dict": {f"module.{name}": value for name, value in tensors.items()}}, tmp_path / "w.pth")
+    torch.save(
+        {"epoch": 3, "state_dict": {f"module.{name}": value for name, value in tensors.items()}}, tmp_path / "w.pth"
+    )
     with pytest.raises(ModelError, match=r"1 tensors are missing: layer2\.0\.conv1\.weight"):
         load_backbone(BackboneConfig(**TINY_RESNET, checkpoint=str(tmp_path / "w.pth")), ImageConfig(size=32))
 
@@ -129,7 +133,9 @@ def test_image_settings_come_from_flag_then_neighbour_then_header_then_timm(tmp_
 def test_an_own_modules_settings_are_assumed_and_say_so():
     backbone = load_backbone(BackboneConfig(name="mine"), ImageConfig(size=32), network=Own())
     assert backbone.images.mean == IMAGENET["mean"] and "assumed" in backbone.origin["mean"]
-    assert backbone.num_features == 6 and not Own().fc.weight.requires_grad or backbone.network.fc.weight.requires_grad is False
+    assert (
+        backbone.num_features == 6 and not Own().fc.weight.requires_grad
+    ) or backbone.network.fc.weight.requires_grad is False
 
 
 def test_an_own_module_with_another_forward_has_another_fingerprint():
@@ -205,7 +211,11 @@ def test_source_classes_must_be_as_many_as_the_heads_rows(tmp_path):
 def test_families_are_told_apart():
     import timm
 
-    for name, family in (("resnet18", "conv"), ("mobilenetv2_100", "depthwise"), ("vit_tiny_patch16_224", "transformer")):
+    for name, family in (
+        ("resnet18", "conv"),
+        ("mobilenetv2_100", "depthwise"),
+        ("vit_tiny_patch16_224", "transformer"),
+    ):
         assert family_of(timm.create_model(name)) == family
 
 

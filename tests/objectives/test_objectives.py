@@ -39,7 +39,7 @@ def softmax(x: np.ndarray) -> np.ndarray:
 
 
 def naive_tes(features, logits, target, text, projection, lambda_v, lambda_t, tau):
-    """METHOD: loss and its gradients with respect to logits and features, one image at a time where that is possible."""
+    """Loss and its gradients with respect to logits, features and the projection, written out."""
     w1, b1, gamma, beta, w2, b2 = projection
     a = features @ w1.T + b1
     mean, var = a.mean(axis=0), a.var(axis=0)
@@ -70,15 +70,13 @@ def naive_tes(features, logits, target, text, projection, lambda_v, lambda_t, ta
 @pytest.mark.parametrize(("lambda_v", "lambda_t", "tau"), [(0.2, 0.4, 0.03), (0.5, 1.0, 0.1), (1.0, 0.3, 0.5)])
 def test_loss_and_gradients_equal_an_independent_float64_formula(lambda_v, lambda_t, tau):
     text = text_rows()
-    objective = make(
-        "tes", text, text_target_weight=lambda_v, text_loss_weight=lambda_t, temperature=tau
-    ).double()
-    objective.class_text_CD = torch.from_numpy(text)
+    objective = make("tes", text, text_target_weight=lambda_v, text_loss_weight=lambda_t, temperature=tau).double()
+    objective.text_head.class_text_CD = torch.from_numpy(text)
     features, logits, target = batch()
     f, v = (torch.from_numpy(x).requires_grad_() for x in (features, logits))
     loss = sum(objective.losses(ModelOutput(f, v), torch.from_numpy(target)).values())
     loss.backward()
-    linear1, norm, _, linear2 = objective.projection
+    linear1, norm, _, linear2 = objective.text_head.projection
     parameters = [p.detach().numpy() for p in (*linear1.parameters(), *norm.parameters(), *linear2.parameters())]
     expected, d_logits, d_features, d_w2, d_w1 = naive_tes(
         features, logits, target, text, parameters, lambda_v, lambda_t, tau
@@ -95,7 +93,7 @@ def test_no_gradient_flows_from_the_softened_target_into_the_projection():
     objective.losses(ModelOutput(features, logits.requires_grad_()), target)["vision_loss"].backward()
     assert logits.grad.abs().sum() > 0
     assert features.grad is None
-    assert all(parameter.grad is None for parameter in objective.projection.parameters())
+    assert all(parameter.grad is None for parameter in objective.text_head.projection.parameters())
 
 
 def test_weights_of_zero_give_plain_cross_entropy_bit_for_bit():
@@ -124,8 +122,8 @@ def test_own_parameters_come_from_the_seed_and_leave_the_global_generator_alone(
     before = torch.get_rng_state()
     first, second, other = (make("tes", text_rows(), seed=seed) for seed in (0, 0, 1))
     assert torch.equal(torch.get_rng_state(), before)
-    assert torch.equal(first.projection[0].weight, second.projection[0].weight)
-    assert not torch.equal(first.projection[0].weight, other.projection[0].weight)
+    assert torch.equal(first.text_head.projection[0].weight, second.text_head.projection[0].weight)
+    assert not torch.equal(first.text_head.projection[0].weight, other.text_head.projection[0].weight)
 
 
 def test_fitting_the_projection_to_features_makes_text_logits_follow_the_labels():
@@ -134,9 +132,9 @@ def test_fitting_the_projection_to_features_makes_text_logits_follow_the_labels(
     features = torch.from_numpy(draw.normal(size=(C, F))[labels] + 0.3 * draw.normal(size=(60, F))).float()
     target = torch.nn.functional.one_hot(torch.from_numpy(labels), C).float()
     objective = make("tes", text_rows().astype("float32"))
-    before = objective.eval().text_logits(features).argmax(dim=1)
+    before = objective.eval().text_head(features).argmax(dim=1)
     figures = objective.fit_features(features, target)
-    after = objective.text_logits(features).argmax(dim=1)
+    after = objective.text_head(features).argmax(dim=1)
     accuracy = [(found == torch.from_numpy(labels)).float().mean().item() for found in (before, after)]
     assert accuracy[0] < 0.6 < 0.9 < accuracy[1]
     reference = objective.reference(ModelOutput(features, features), target)

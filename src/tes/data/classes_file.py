@@ -51,9 +51,10 @@ def derive_classes(labels: Iterable[str]) -> list[ClassInfo]:
 
 
 def read_classes_file(path: str | Path) -> list[ClassRow]:
-    """Read `{class: {"name", "description" | "descriptions" | "prompts"}}`, `{class: [sentence, ...]}`, or the same as CSV.
+    """Read what a file says about classes.
 
-    JSON, YAML and CSV are told apart by the suffix. In a CSV a class may have several rows, a description in each.
+    It is `{class: {"name", "description" | "descriptions" | "prompts"}}` or `{class: [sentence, ...]}` as JSON or YAML,
+    or a CSV with those columns, where a class may have several rows, a description in each.
 
     Raises:
         DataError: The file cannot be read, a class is in it twice, or something is not the text that it should be.
@@ -93,7 +94,7 @@ def apply_classes_file(classes: Sequence[ClassInfo], path: str | Path) -> tuple[
         DataError: A class has no row, or a match is ambiguous.
     """
     rows = {row.key: row for row in read_classes_file(path)}
-    index = NameIndex(rows)
+    index = NameIndex(rows.keys())
     matched: dict[str, str] = {}
     used: dict[str, str] = {}
     for info in classes:
@@ -112,7 +113,9 @@ def apply_classes_file(classes: Sequence[ClassInfo], path: str | Path) -> tuple[
             used[keys[0]], matched[info.label] = info.label, keys[0]
     if missing := [info.label for info in classes if info.label not in matched]:
         left = NameIndex(key for key in rows if key not in used)
-        named = listing([left.describe_unknown(label) for label in missing], limit=20)
+        named = listing(
+            [left.describe_unknown(label) if place < 20 else label for place, label in enumerate(missing)], limit=20
+        )
         raise DataError(
             f"`{path}` has no row for {len(missing)} of the {len(classes)} classes: {named}. "
             "Add rows called exactly as the classes, or leave those classes out with `--only-classes`."
@@ -155,9 +158,7 @@ def _row(path: Path, key: str, value: Any) -> ClassRow:
 
 
 def _sentences(where: str, field_name: str, value: Any) -> tuple[str, ...]:
-    if isinstance(value, list):
-        if not value:
-            raise DataError(f"{where}: `{field_name}` is an empty list; add a sentence or drop it.")
+    if isinstance(value, list):  # may be empty, as for `donuts` in a published file: then the name speaks
         return tuple(_sentence(where, field_name, item) for item in value)
     return (_sentence(where, field_name, value),)
 

@@ -16,7 +16,7 @@ from tes.data.classes_file import ClassInfo, apply_classes_file, derive_classes
 from tes.data.images import UnreadableImageError, decode
 from tes.data.names import NameIndex
 from tes.data.scan import scan
-from tes.data.source import Sample, Source, open_source
+from tes.data.source import Sample, Source, counted, open_source
 from tes.data.splits import carve, draw_fraction, draw_shots
 from tes.errors import DataError, listing
 
@@ -72,8 +72,8 @@ class Dataset:
         except (OSError, UnreadableImageError) as problem:
             reason = getattr(problem, "reason", None) or getattr(problem, "strerror", None) or str(problem)
             raise DataError(
-                f"The image `{sample.path}` of `{self.name}` could be read before and cannot be now ({reason}); bring it"
-                " back, or start again without it."
+                f"The image `{sample.path}` of `{self.name}` could be read before and cannot be now ({reason}); bring"
+                " it back, or start again without it."
             ) from None
 
 
@@ -95,10 +95,13 @@ def open_dataset(config: DataConfig) -> Dataset:
     source = open_source(config.source)
     samples, classes, notes = _samples_and_classes(source, config)
     dataset = _readable(source, samples, classes, config.max_unreadable, notes)
+    if empty := sorted({info.label for info in classes} - {classes[label].label for label in dataset.labels}):
+        shown = listing([f"{path} ({reason})" for path, reason in dataset.unreadable])
+        raise DataError(f"No image of {_classes(empty)} can be read: {shown}; add good ones, or leave the class out.")
     labels = [classes[label].label for label in dataset.labels]
     splits, more = _official_or_carved(labels, dataset, config.split_seed)
     _require_trainable(labels, splits, classes)
-    return dataclasses.replace(dataset, splits=splits, notes=[*notes, *dataset.notes, *more])
+    return dataclasses.replace(dataset, splits=splits, notes=[*dataset.notes, *more])
 
 
 def draw(dataset: Dataset, config: DataConfig, seed: int) -> Dataset:
@@ -116,7 +119,7 @@ def draw(dataset: Dataset, config: DataConfig, seed: int) -> Dataset:
     tested = {labels[index] for index in np.flatnonzero(splits == "test")}
     untested = [info.label for info in dataset.classes if info.label not in tested]
     if untested:
-        notes.append(f"{len(untested)} classes have no test image and are not scored: {listing(untested)}")
+        notes.append(f"No test image, so no score, for {_classes(untested)}.")
     return dataclasses.replace(dataset, splits=splits, untested=untested, notes=notes)
 
 
@@ -139,7 +142,6 @@ def load_labelled(ref: str, classes: Sequence[ClassInfo]) -> Dataset:
     """
     source = open_source(ref)
     index = NameIndex({info.label: [info.name] for info in classes})
-    place = {info.label: number for number, info in enumerate(classes)}
     known: dict[str, str] = {}
     unknown: list[str] = []
     for label in sorted({sample.label for sample in source.samples}):
@@ -150,11 +152,12 @@ def load_labelled(ref: str, classes: Sequence[ClassInfo]) -> Dataset:
             unknown.append(label)
     if unknown:
         named = listing([index.describe_unknown(label) for label in unknown])
-        raise DataError(
-            f"`{ref}` has {len(unknown)} classes that the model was not trained on: {named}; rename them, or leave them out."
-        )
-    samples = [dataclasses.replace(sample, label=known[sample.label]) for sample in source.samples]
-    dataset = _readable(source, samples, list(classes), None, list(source.notes), place)
+        raise DataError(f"The model does not know these classes of `{ref}`: {named}; rename them, or leave them out.")
+    samples = [dataclasses.replace(sample, label=known[sample.label]) for sample in _by_path(source)]
+    notes = list(source.notes)
+    if any(sample.split for sample in samples):
+        notes.append(f"Scored all splits of `{source.name}` together.")
+    dataset = _readable(source, samples, list(classes), None, notes)
     return dataclasses.replace(dataset, splits=np.full(len(dataset.paths), "test", dtype="<U6"))
 
 
@@ -170,15 +173,24 @@ def find_duplicates(dataset: Dataset) -> list[list[str]]:
     ]
 
 
+def _by_path(source: Source) -> list[Sample]:
+    # The draws are by content; only among copies of one image does the order decide, so it must not be the file's.
+    return sorted(source.samples, key=lambda sample: sample.path)
+
+
+def _classes(labels: Sequence[str]) -> str:
+    return f"{'the class' if len(labels) == 1 else 'the classes'} {listing([f'`{label}`' for label in labels])}"
+
+
 def _samples_and_classes(source: Source, config: DataConfig) -> tuple[list[Sample], list[ClassInfo], list[str]]:
     """Return what is kept of a source by `only_classes`, the classes with their texts, and notes."""
     notes = list(source.notes)
-    samples = list(source.samples)
+    samples = _by_path(source)
     labels = {sample.label for sample in samples}
     if config.only_classes is not None:
-        labels = _chosen(config.only_classes, labels)
+        num_classes, labels = len(labels), _chosen(config.only_classes, labels)
         samples = [sample for sample in samples if sample.label in labels]
-        notes.append(f"{len(labels)} classes are kept by --only-classes")
+        notes.append(f"Kept {len(labels)} of {num_classes} classes, as `only_classes` says.")
     if len(labels) < 2:
         only = f"only `{next(iter(labels))}`" if labels else "none"
         raise DataError(f"`{config.source}` must have at least two classes to tell apart, but there is {only}.")
@@ -187,8 +199,12 @@ def _samples_and_classes(source: Source, config: DataConfig) -> tuple[list[Sampl
         classes, ignored = apply_classes_file(classes, config.classes)
         if ignored:
             notes.append(
-                f"{len(ignored)} rows of `{config.classes}` are not in the data and ignored: {listing(ignored)}"
+                f"Ignored {counted(len(ignored), 'row')} of `{config.classes}` for classes that the data lacks:"
+                f" {listing(ignored)}."
             )
+        silent = [info.label for info in classes if not (info.descriptions or info.prompts)]
+        if 0 < len(silent) < len(classes):
+            notes.append(f"`{config.classes}` has no sentence for {_classes(silent)}: the templates are used.")
     return samples, classes, notes
 
 
@@ -204,7 +220,9 @@ def _chosen(only_classes: Sequence[str], labels: set[str]) -> set[str]:
     found = {name: index.find(name) for name in names}
     if wrong := [name for name, options in found.items() if len(options) != 1]:
         named = listing([index.describe_unknown(name) for name in wrong])
-        raise DataError(f"--only-classes names what is no class of the data: {named}.")
+        raise DataError(
+            f"--only-classes names what is not one class of the data: {named}; give labels of the data's classes."
+        )
     return {options[0] for options in found.values()}
 
 
@@ -214,7 +232,6 @@ def _readable(
     classes: list[ClassInfo],
     max_unreadable: int | None,
     notes: list[str],
-    place: dict[str, int] | None = None,
 ) -> Dataset:
     """Look at every image and leave out those that cannot be read."""
     seen = scan(source, samples)
@@ -226,14 +243,11 @@ def _readable(
             f" that are tolerated: {shown}; mend or remove them, or raise data.max_unreadable."
         )
     rows = [(sample, sha1) for sample, sha1 in zip(samples, seen.sha1s) if sha1 is not None]
-    left = {sample.label for sample, _ in rows}
-    if place is None:
-        place = {info.label: number for number, info in enumerate(classes)}
-        if empty := [info.label for info in classes if info.label not in left]:
-            raise DataError(f"No image of {listing([f'`{label}`' for label in empty])} can be read: {shown}.")
     if not rows:
         raise DataError(f"No image of `{source.name}` can be read: {shown}.")
-    found = [f"{len(seen.unreadable)} unreadable images are left out: {shown}"] if seen.unreadable else []
+    place = {info.label: number for number, info in enumerate(classes)}
+    if seen.unreadable:
+        notes = [*notes, f"Left out {counted(len(seen.unreadable), 'unreadable image')}: {shown}."]
     return Dataset(
         name=source.name,
         classes=classes,
@@ -244,7 +258,7 @@ def _readable(
         sha1s=[sha1 for _, sha1 in rows],
         source=source,
         unreadable=seen.unreadable,
-        notes=found,
+        notes=notes,
     )
 
 
@@ -253,9 +267,8 @@ def _official_or_carved(labels: list[str], dataset: Dataset, split_seed: int) ->
     splits, notes = dataset.splits.copy(), []
     official = set(splits.tolist()) - {""}
     if not official:
-        return carve(labels, dataset.sha1s, dataset.groups, split_seed), [
-            "test (25 %) and val (10 %) are carved by class"
-        ]
+        notes.append("No splits came with the data: of each class 25 % are test and 10 % of the rest val.")
+        return carve(labels, dataset.sha1s, dataset.groups, split_seed), notes
     if "train" not in official:
         raise DataError(f"`{dataset.name}` has the splits {', '.join(sorted(official))}, but nothing to train on.")
     if "val" in official:
@@ -263,9 +276,7 @@ def _official_or_carved(labels: list[str], dataset: Dataset, split_seed: int) ->
         if lacking:
             splits[splits == "val"] = "train"
             official.discard("val")
-            notes.append(
-                f"the official val has no image of {listing(sorted(lacking))}: it joins train, and val is carved anew"
-            )
+            notes.append(f"The val split lacks {_classes(sorted(lacking))}, so it joins train and val is carved anew.")
     carved = [name for name in ("test", "val") if name not in official]
     if carved:
         train = np.flatnonzero(splits == "train")
@@ -278,7 +289,8 @@ def _official_or_carved(labels: list[str], dataset: Dataset, split_seed: int) ->
             val="val" in carved,
         )
         splits[train] = part
-        notes.append(f"{' and '.join(carved)} carved from train by class; the rest is official")
+        shares = {"test": "25 % of each class", "val": "10 % of each class"}
+        notes.append(f"Carved from train: {', '.join(f'{name} ({shares[name]})' for name in carved)}.")
     return splits, notes
 
 
@@ -286,6 +298,6 @@ def _require_trainable(labels: list[str], splits: np.ndarray, classes: list[Clas
     trained = Counter(labels[index] for index in np.flatnonzero(splits == "train"))
     if untrained := [info.label for info in classes if not trained[info.label]]:
         raise DataError(
-            f"The train split has no image of {listing([f'`{label}`' for label in untrained])}, which the others have; add"
-            " some, or leave these classes out with --only-classes."
+            f"The train split has no image of {_classes(untrained)}, which another split has; add some, or leave them"
+            " out with --only-classes."
         )

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from tes.data.images import SUFFIXES
-from tes.data.source import SPLIT_WORDS, LocalSource, Sample, no_such_path
+from tes.data.source import SPLIT_WORDS, LocalSource, Sample, counted, no_such_path
 from tes.errors import DataError, listing
 
 # What operating systems leave behind; names with a leading dot are skipped as well.
@@ -33,7 +33,7 @@ class FolderSource(LocalSource):
         self.notes: list[str] = []
         self._not_images: Counter[str] = Counter()
         self._num_loops = 0
-        folders, files = _entries(root)
+        folders, files = self._folders_and_files(root)
         if not folders:
             raise DataError(_no_class_folders(root, files))
         splits = self._splits(folders)
@@ -44,7 +44,7 @@ class FolderSource(LocalSource):
                 samples += self._class_samples(folder, None)
         else:
             for folder, split in zip(folders, splits):
-                class_folders, files = _entries(folder)
+                class_folders, files = self._folders_and_files(folder)
                 stray += [file for file in files if _is_image(file)]
                 if not class_folders:
                     raise DataError(_no_class_folders(folder, files))
@@ -52,6 +52,13 @@ class FolderSource(LocalSource):
                     samples += self._class_samples(class_folder, split)
         self.samples = sorted(samples, key=lambda sample: sample.path)
         self._describe_what_was_ignored(stray)
+
+    def _folders_and_files(self, folder: Path) -> tuple[list[Path], list[Path]]:
+        """Return what is in a folder of class folders, without links that lead back to it or to what it lies in."""
+        folders, files = _entries(folder)
+        onward = [below for below in folders if not folder.resolve().is_relative_to(below.resolve())]
+        self._num_loops += len(folders) - len(onward)
+        return onward, files
 
     def _splits(self, folders: list[Path]) -> list[str] | None:
         """Return each folder's split, or None where they are class folders."""
@@ -83,7 +90,7 @@ class FolderSource(LocalSource):
         images = [file for file in self._walk(folder, entered, root) if self._keep(file)]
         if not images:
             others = self._not_images - before
-            found = f" ({others.total()} other files: {_suffixes(others)})" if others else ""
+            found = f" ({counted(others.total(), 'other file')}: {_suffixes(others)})" if others else ""
             raise DataError(f"The class folder `{folder}` holds no image{found}; add some, or remove the folder.")
         return [Sample(_text(file.relative_to(self.root)), _text(folder.name), split) for file in images]
 
@@ -108,24 +115,22 @@ class FolderSource(LocalSource):
 
     def _describe_what_was_ignored(self, stray: list[Path]) -> None:
         if self._not_images:
-            total = self._not_images.total()
-            self.notes.append(
-                f"Ignored {_count(total, 'file')} that {_is(total)} no image ({_suffixes(self._not_images)})."
-            )
+            files = counted(self._not_images.total(), "file")
+            self.notes.append(f"Ignored {files} other than images ({_suffixes(self._not_images)}).")
         if stray:
             names = listing([file.name for file in stray], limit=3)
-            self.notes.append(f"Ignored {_count(len(stray), 'image')} outside the class folders ({names}).")
+            self.notes.append(f"Ignored {counted(len(stray), 'image')} outside the class folders ({names}).")
         if self._num_loops:
-            self.notes.append(f"Did not follow {_count(self._num_loops, 'link')} to a folder that is read already.")
+            self.notes.append(f"Did not follow {counted(self._num_loops, 'link')} to a folder that is read already.")
 
 
 def _entries(folder: Path) -> tuple[list[Path], list[Path]]:
     """Return the folders and the files in a folder, links followed, clutter left out, each sorted by name."""
     try:
-        names = sorted(os.listdir(folder))
+        found = sorted(folder.iterdir(), key=lambda path: path.name)
     except OSError as problem:
         raise DataError(f"The folder `{folder}` cannot be read: {problem.strerror or problem}.") from None
-    paths = [folder / name for name in names if not name.startswith(".") and name.lower() not in _CLUTTER]
+    paths = [path for path in found if not path.name.startswith(".") and path.name.lower() not in _CLUTTER]
     folders = [path for path in paths if path.is_dir()]
     # A link to nowhere is kept: an image that is missing is reported, not overlooked. Pipes and devices are not.
     files = [path for path in paths if path.is_file() or (path.is_symlink() and not path.exists())]
@@ -145,17 +150,9 @@ def _suffixes(counts: Counter[str]) -> str:
     return listing([suffix for suffix, _ in sorted(counts.items(), key=lambda item: (-item[1], item[0]))])
 
 
-def _count(number: int, noun: str) -> str:
-    return f"{number} {noun}{'' if number == 1 else 's'}"
-
-
-def _is(number: int) -> str:
-    return "is" if number == 1 else "are"
-
-
 def _no_class_folders(folder: Path, files: list[Path]) -> str:
     images = sum(map(_is_image, files))
-    found = f"holds {_count(images, 'image')} but no class folders" if images else "has no class folders"
+    found = f"holds {counted(images, 'image')} but no class folders" if images else "has no class folders"
     return (
         f"`{folder}` {found}; put the images of each class in a folder of its own, as in `{folder}/<class>/photo.jpg`."
     )

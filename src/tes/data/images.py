@@ -12,15 +12,17 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from tes.errors import DataError
 
 SUFFIXES = frozenset(
-    [".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".gif", ".bmp", ".dib", ".webp", ".tif", ".tiff", ".ppm", ".pgm", ".pbm", ".pnm", ".jp2", ".avif", ".heic", ".heif"]
+    {".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".gif", ".bmp", ".dib", ".webp", ".tif", ".tiff"}
+    | {".ppm", ".pgm", ".pbm", ".pnm", ".jp2", ".avif", ".heic", ".heif"}
 )
 MAX_ASPECT_RATIO = 100
 
 # Named one by one: among Pillow's other formats are some that start programs (EPS), and nobody's photos are in them.
 _FORMATS = ("JPEG", "PNG", "GIF", "BMP", "DIB", "WEBP", "TIFF", "PPM", "JPEG2000", "AVIF", "HEIF")
 
-# Pillow warns above 89 million pixels and refuses above twice that; a phone's photo of 108 million is no bomb.
-warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
+# Pillow warns of damaged EXIF blocks, and above 89 million pixels (it refuses above twice that; a phone's photo of 108
+# million is no bomb). None of it helps a user who has thousands of photos.
+warnings.filterwarnings("ignore", module=r"PIL\.")
 
 
 class UnreadableImageError(DataError):

@@ -14,8 +14,8 @@ _CAMEL_CASE = re.compile(r"(?<=[^\W\d_]{2})(?<![^\W\d_]Mc)(?<!\bMc)(?=[A-Z][a-z]
 # A hyphen is part of the name between digits ("747-400") and after a short letter code ("F-16", "Il-76").
 _KEPT_HYPHEN = re.compile(r"(?<=\d)-(?=\d)|(?<![^\W\d_])([^\W\d_]{1,3})-(?=\d)")
 _UNINFORMATIVE = re.compile(
-    r"(?:class|label|category|group|cluster|folder|type|id|c)?[\s#.]*\d[\d\s.]*|n\d{8}|.|"
-    r"(?:class|label|category|group|cluster|type) .|unknown|others?|misc|unlabell?ed|none|null|nan",
+    r"(?:class|label|category|group|cluster|folder|type|id|c)?[\s#.]*\d[\d\s.]*|n\d{8}|[a-z]|[\W_]*|"
+    r"(?:class|label|category|group|cluster) .|unknown|others?|misc|unlabell?ed|none|null|nan",
     re.IGNORECASE,
 )
 
@@ -26,7 +26,7 @@ def readable_name(label: str) -> str:
     Numbering (WordNet ids, "001.") is dropped; hyphens that belong to a name stay ("747-400", "F-16A/B"). The result
     is lower-case and never empty: a label without a letter or digit is returned as it is.
     """
-    text = unicodedata.normalize("NFKC", label)
+    text = re.sub(r"\s+", " ", unicodedata.normalize("NFKC", label))
     text = "".join(character for character in text if unicodedata.category(character) not in ("Cf", "Cc", "Cs"))
     text = _NUMBERING.sub("", text.strip())
     if not re.search(r"[\s_-]", text):
@@ -43,8 +43,9 @@ def match_key(text: str) -> str:
     Digits that something separates stay apart, so that "1 11" and "11 1" differ.
     """
     text = unicodedata.normalize("NFKC", readable_name(text).casefold())
-    text = re.sub(r"(?<=\d)[\W_]+(?=\d)", "\0", text)
-    return re.sub(r"[^\w\0]|_", "", text).replace("\0", "-") or text
+    # Marks are kept beside letters and digits: in many scripts the vowels are marks.
+    spelled = "".join(character if unicodedata.category(character)[0] in "LMN" else " " for character in text)
+    return re.sub(r"(?<=\d) +(?=\d)", "-", spelled).replace(" ", "") or text
 
 
 def is_uninformative(name: str) -> bool:
@@ -78,6 +79,8 @@ class NameIndex:
         return self._by_key[close[0]][0] if close else None
 
     def describe_unknown(self, name: str) -> str:
-        """Return "`name`", with "(did you mean `x`?)" where an option is close."""
+        """Return "`name`" with why it was not found: what it could mean, or, if anything is close, what is."""
+        if len(options := self.find(name)) > 1:
+            return f"`{name}` (it could mean {' or '.join(f'`{option}`' for option in options)})"
         nearest = self.nearest(name)
         return f"`{name}`" + (f" (did you mean `{nearest}`?)" if nearest is not None else "")

@@ -2,27 +2,26 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
 from tes import console
 from tes.data.images import UnreadableImageError, decode
 from tes.data.source import Sample, Source
-from tes.files import cache_dir, sha256_text, write_json
+from tes.files import cache_dir, sha256_text, write_atomic
 
 _NUM_THREADS = min(8, (os.cpu_count() or 1) + 2)
-_DRAFT_SIDE = 64  # a JPEG's whole stream is still read, and its last steps are quicker
+_DRAFT_SIDE = 64  # a JPEG's whole stream is still read; only its last steps are cut short
 
 
 @dataclass(frozen=True)
 class Scan:
-    """What was seen: `sha1s` in the order of the samples, None where the image cannot be read, and the reasons."""
+    """What was seen: `sha1s` in the order of the samples, None where the image cannot be read, and (path, reason)."""
 
     sha1s: list[str | None]
     unreadable: list[tuple[str, str]]
@@ -30,79 +29,95 @@ class Scan:
 
 def scan(source: Source, samples: Sequence[Sample]) -> Scan:
     """Read and decode images of a source; a file that has not changed since the last time is not read again."""
-    memory = _Memory(source, samples)
-    seen: list[tuple[str | None, str | None] | None] = [memory.recall(sample) for sample in samples]
-    new = [index for index, entry in enumerate(seen) if entry is None]
+    memory = _Memory(source)
+    stamps = [_stamp(source, sample) for sample in samples]
+    sha1s = [memory.recall(sample, stamp) for sample, stamp in zip(samples, stamps)]
+    unreadable: list[tuple[str, str]] = []
+    new = [index for index, sha1 in enumerate(sha1s) if sha1 is None]
     if new:
         with (
-            ThreadPoolExecutor(_NUM_THREADS) as threads,
+            memory.kept(),
+            _threads() as threads,
             console.progress(len(new), "reading images") as progress,
         ):
-            entries = threads.map(lambda index: _look(source, samples[index]), new)
-            for index, entry in zip(new, entries):
-                seen[index] = entry
-                memory.keep(samples[index], entry)
+            for index, (sha1, reason) in zip(new, threads.map(lambda index: _look(source, samples[index]), new)):
+                if sha1 is None:
+                    unreadable.append((samples[index].path, reason))
+                else:
+                    sha1s[index] = sha1
+                    memory.remember(samples[index], stamps[index], sha1)
                 progress.advance()
-        memory.save()
-    found = [entry for entry in seen if entry is not None]
-    unreadable = [(sample.path, reason) for sample, (_, reason) in zip(samples, found) if reason is not None]
-    return Scan([None if reason is not None else sha1 for sha1, reason in found], unreadable)
+    return Scan(sha1s, unreadable)
 
 
-def _look(source: Source, sample: Sample) -> tuple[str | None, str | None]:
-    """Return (SHA-1, reason); one of them is None."""
+def _look(source: Source, sample: Sample) -> tuple[str | None, str]:
+    """Return the content's SHA-1, or None and the reason why the image cannot be used."""
     try:
         content = source.read(sample)
         decode(content, max_side_hint=_DRAFT_SIDE)
     except UnreadableImageError as problem:
         return None, problem.reason
-    except OSError as problem:
-        return None, problem.strerror or str(problem)
-    return hashlib.sha1(content).hexdigest(), None
+    except FileNotFoundError:
+        return None, "no such file"
+    except (OSError, ValueError) as problem:  # ValueError: a path with a zero byte
+        return None, str(getattr(problem, "strerror", None) or problem).lower()
+    return hashlib.sha1(content).hexdigest(), ""
+
+
+def _stamp(source: Source, sample: Sample) -> list[int] | None:
+    file = source.locate(sample)
+    try:
+        status = file.stat() if file is not None else None
+    except (OSError, ValueError):
+        return None
+    return [status.st_size, status.st_mtime_ns] if status is not None else None
+
+
+@contextlib.contextmanager
+def _threads() -> Iterator[ThreadPoolExecutor]:
+    with ThreadPoolExecutor(_NUM_THREADS) as threads:
+        try:
+            yield threads
+        except BaseException:
+            # Ctrl-C need not wait until every image that is queued has been read.
+            threads.shutdown(wait=False, cancel_futures=True)
+            raise
 
 
 class _Memory:
-    """What was seen in earlier scans, by file, size and time. A file that could not be opened is looked at anew."""
+    """The SHA-1 of readable images by path, size and time, in one file per data root.
 
-    def __init__(self, source: Source, samples: Sequence[Sample]) -> None:
-        self.source = source
-        place = next((located for sample in samples if (located := source.locate(sample))), None)
-        # One file per data set: its first image's folder stands for it.
-        self.path: Path | None = (
-            place and cache_dir() / "scan" / f"{sha256_text(source.name, place.parent.resolve())}.json"
-        )
-        self.known: dict[str, list[Any]] = {}
-        try:
-            if self.path is not None:
-                stored = json.loads(self.path.read_text(encoding="utf-8"))
-                self.known = {key: row for key, row in stored.items() if isinstance(row, list) and len(row) == 4}
-        except (OSError, ValueError, AttributeError):
-            pass  # absent or damaged: everything is looked at again
+    Images that could not be read are not in it: a decoder may have been installed since.
+    """
 
-    def recall(self, sample: Sample) -> tuple[str | None, str | None] | None:
-        key, stamp = self._stamp(sample)
-        row = self.known.get(key)
-        return (row[2], row[3]) if row and stamp is not None and row[:2] == stamp else None
+    def __init__(self, source: Source) -> None:
+        self.path = source.root and cache_dir() / "scan" / f"{sha256_text('format 1', source.root.resolve())}.json"
+        self.known: dict[str, list] = {}
+        if self.path is not None:
+            with contextlib.suppress(OSError, ValueError):  # absent or damaged: everything is looked at again
+                known = json.loads(self.path.read_text(encoding="utf-8"))
+                self.known = known if isinstance(known, dict) else {}
 
-    def keep(self, sample: Sample, entry: tuple[str | None, str | None]) -> None:
-        key, stamp = self._stamp(sample)
+    def recall(self, sample: Sample, stamp: list[int] | None) -> str | None:
+        match self.known.get(sample.path):
+            case [int(size), int(time), str(sha1)] if [size, time] == stamp:
+                return sha1
+        return None
+
+    def remember(self, sample: Sample, stamp: list[int] | None, sha1: str) -> None:
         if stamp is not None:
-            self.known[key] = [*stamp, *entry]
+            self.known[sample.path] = [*stamp, sha1]
 
-    def save(self) -> None:
-        if self.path is None:
-            return
+    @contextlib.contextmanager
+    def kept(self) -> Iterator[None]:
+        """Write what is known at the end of the block, also where it was interrupted."""
         try:
-            write_json(self.path, self.known)
-        except OSError as problem:
-            console.warn(f"the scan cannot be kept in `{self.path.parent}` ({problem.strerror}); it is done each time")
-
-    def _stamp(self, sample: Sample) -> tuple[str, list[int] | None]:
-        place = self.source.locate(sample)
-        if place is None:
-            return "", None
-        try:
-            status = place.stat()
-        except OSError:
-            return str(place), None
-        return str(place.absolute()), [status.st_size, status.st_mtime_ns]
+            yield
+        finally:
+            if self.path is not None:
+                try:
+                    write_atomic(self.path, json.dumps(self.known))
+                except OSError as problem:
+                    console.warn(
+                        f"The scan cannot be kept in `{self.path.parent}` ({problem}), so it is done each time."
+                    )

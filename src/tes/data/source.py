@@ -34,12 +34,14 @@ class Source(ABC):
     Attributes:
         name: Short, fit for the name of a run folder.
         samples: Every image, readable or not. Either all have a split or none.
-        notes: What was left out on the way, for people.
+        notes: What was left out on the way, in sentences.
+        root: The folder that the images lie in, if they are files.
     """
 
     name: str
     samples: Sequence[Sample]
     notes: Sequence[str] = ()
+    root: Path | None = None
 
     @abstractmethod
     def read(self, sample: Sample) -> bytes:
@@ -50,7 +52,7 @@ class Source(ABC):
         """
 
     def locate(self, sample: Sample) -> Path | None:
-        """Return the file that holds the image, by whose size and time the scan is cached, or None."""
+        """Return the file that holds the image, or None; by its size and time a later scan knows it again."""
         return None
 
 
@@ -89,6 +91,11 @@ def open_source(ref: str) -> Source:
     if path.exists():
         raise DataError(f"`{ref}` is neither a folder nor a CSV or TSV file; unpack an archive first.")
     raise no_such_path(path, "folder")
+
+
+def counted(number: int, noun: str) -> str:
+    """Return "1 image", "2 images"."""
+    return f"{number} {noun}{'' if number == 1 else 's'}"
 
 
 def no_such_path(path: Path, kind: str) -> DataError:

@@ -8,7 +8,7 @@ sides of a boundary that is drawn here.
 from __future__ import annotations
 
 import hashlib
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 
 import numpy as np
@@ -51,8 +51,8 @@ def carve(
     """Divide images into train, val and test.
 
     Of each class 25 % go to test, at least one and at most half; then 10 % of the rest to val, likewise. A class of
-    one stays in train. Every unit is ranked once, in the class of its first image by content; one that would take more
-    than half of its class is passed over, so a quota can be off by a unit.
+    one stays in train. A unit is ranked once, in the class that most of its images have; one that would take more than
+    half of any class is passed over, so a quota can be off by a unit, but no class leaves train.
 
     Args:
         labels: Of the images to divide.
@@ -65,43 +65,44 @@ def carve(
     Returns:
         "train", "val" or "test" for every image.
     """
-    units = find_units(sha1s, groups)
-    members: dict[int, list[int]] = defaultdict(list)
-    for index, unit in enumerate(units):
-        members[int(unit)].append(index)
-    owned: dict[str, list[tuple[str, list[int]]]] = defaultdict(list)
-    for indices in members.values():
-        owner = min((sha1s[index], labels[index]) for index in indices)[1]
-        named = sorted({group for index in indices if (group := groups[index])})
-        # A group's name rather than its content, so that one more photo in it does not move it.
-        key = f"group {named[0]}" if named else min(sha1s[index] for index in indices)
-        owned[owner].append((_rank(split_seed, key), indices))
-
+    queues = _ranked_units(labels, sha1s, groups, split_seed)
     splits = np.full(len(labels), "train", dtype="<U6")
-    for ranked in owned.values():
-        ranked.sort()
-        num_left = sum(len(indices) for _, indices in ranked)
-        for wanted, name, share in ((test, "test", TEST_SHARE), (val, "val", VAL_SHARE)):
-            if wanted:
-                ranked, num_taken = _take(ranked, num_left, share, splits, name)
-                num_left -= num_taken
+    left = Counter(labels)
+    for wanted, name, share in ((test, "test", TEST_SHARE), (val, "val", VAL_SHARE)):
+        if not wanted:
+            continue
+        taken: Counter[str] = Counter()
+        for label, queue in queues.items():
+            quota = min(max(int(share * left[label] + 0.5), 1), left[label] // 2)
+            passed_over = []
+            for unit in queue:
+                added = Counter(labels[index] for index in unit)
+                fits = all(taken[other] + number <= left[other] // 2 for other, number in added.items())
+                if fits and taken[label] < quota:
+                    splits[unit] = name
+                    taken += added
+                else:
+                    passed_over.append(unit)
+            queues[label] = passed_over
+        left -= taken
     return splits
 
 
-def _take(
-    ranked: list[tuple[str, list[int]]], num_images: int, share: float, splits: np.ndarray, name: str
-) -> tuple[list[tuple[str, list[int]]], int]:
-    """Give the first units by rank to `name` until its quota is met; return the other units and how many images went."""
-    at_most = num_images // 2
-    quota = min(max(int(share * num_images + 0.5), 1), at_most)
-    rest, taken = [], 0
-    for rank, indices in ranked:
-        if taken < quota and taken + len(indices) <= at_most:
-            splits[indices] = name
-            taken += len(indices)
-        else:
-            rest.append((rank, indices))
-    return rest, taken
+def _ranked_units(
+    labels: Sequence[str], sha1s: Sequence[str], groups: Sequence[str | None], split_seed: int
+) -> dict[str, list[list[int]]]:
+    """Return the units that each class ranks, by rank, each the list of its images."""
+    units: dict[int, list[int]] = defaultdict(list)
+    for index, unit in enumerate(find_units(sha1s, groups).tolist()):
+        units[unit].append(index)
+    ranked: dict[str, list[tuple[str, list[int]]]] = defaultdict(list)
+    for indices in units.values():
+        owner = min(Counter(labels[index] for index in indices).items(), key=lambda item: (-item[1], item[0]))[0]
+        # A group goes by its name, not its content, so that one more photo of a group leaves the group where it is.
+        named = [f"group {group}" for index in indices if (group := groups[index])]
+        key = min(named or [sha1s[index] for index in indices])
+        ranked[owner].append((_rank(split_seed, key), indices))
+    return {label: [indices for _, indices in sorted(ranked[label])] for label in sorted(ranked)}
 
 
 def draw_shots(
@@ -117,8 +118,13 @@ def draw_shots(
     The draw is nested: k shots are among 2k. No unit is in both parts, and a class's copies of one image come last.
 
     Raises:
-        DataError: A class has fewer than k images.
+        DataError: k is no number of images, or a class has fewer.
     """
+    if num_shots < 1:
+        raise DataError(
+            f"{num_shots} shots leave nothing to train on; zero-shot needs a text prior, which this version does not"
+            " have, so give --shots 1 or more."
+        )
     units = find_units(sha1s, groups)
     queues = _queues(labels, sha1s, units, np.isin(splits, ("train", "val")), seed)
     short = {label: len(queue) for label, queue in queues.items() if len(queue) < num_shots}
@@ -127,7 +133,7 @@ def draw_shots(
         named = listing([f"`{label}` has {count}" for label, count in sorted(short.items())])
         raise DataError(
             f"{num_shots} shots need {num_shots} training images in every class, but {named}; lower --shots, or leave"
-            " these classes out with --only-classes."
+            " those classes out with --only-classes."
         )
     drawn = np.where(splits == "test", "test", "unused").astype("<U6")
     for queue in queues.values():

@@ -9,7 +9,7 @@ import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from tes.data.source import SPLIT_WORDS, LocalSource, Sample, no_such_path
+from tes.data.source import SPLIT_WORDS, LocalSource, Sample, counted, no_such_path
 from tes.errors import DataError, did_you_mean, listing
 
 _COLUMNS = ("path", "label", "split", "group")
@@ -33,11 +33,17 @@ class TableSource(LocalSource):
         self._table = path
         self.notes: list[str] = []
         rows = _read_rows(path)
-        columns = self._columns(next(rows, (1, []))[1])
+        _, header = next(rows, (1, []))
+        columns = self._columns(header)
         samples: dict[str, Sample] = {}
         lines: list[tuple[int, Sample]] = []
         repeated = 0
         for line, cells in rows:
+            if len(cells) != len(header):
+                raise DataError(
+                    f"`{path}`, line {line}, has {counted(len(cells), 'cell')} where the first line has {len(header)};"
+                    ' put a cell that holds a comma in quotes, as in "Ford F-150, 2012".'
+                )
             sample = self._sample(line, cells, columns)
             lines.append((line, sample))
             known = samples.setdefault(sample.path, sample)
@@ -47,32 +53,29 @@ class TableSource(LocalSource):
         if not samples:
             raise DataError(f"`{path}` lists no images.")
         _check_one_label_a_cell(path, lines)
-        self.samples = self._with_splits(sorted(samples.values(), key=lambda sample: sample.path), lines)
+        self._check_splits(lines)
+        self.samples = sorted(samples.values(), key=lambda sample: sample.path)
         if repeated:
-            self.notes.append(f"Ignored {repeated} rows of `{path.name}` that repeat an earlier row.")
+            self.notes.append(f"Ignored {counted(repeated, 'repeated row')} of `{path.name}`.")
 
     def _columns(self, header: Sequence[str]) -> dict[str, int]:
         names = [name.strip().lower() for name in header]
         for needed in ("path", "label"):
             if needed not in names:
                 raise DataError(
-                    f"`{self._table}` has no column `{needed}`.{did_you_mean(needed, names)} Its first line must name the "
-                    f"columns `path` and `label` (and, if you like, `split` and `group`); it reads: {listing(header)}."
+                    f"`{self._table}` has no column `{needed}`.{did_you_mean(needed, names)} Its first line must name"
+                    f" the columns `path` and `label` (and, if you like, `split` and `group`); it reads:"
+                    f" {listing(header) or 'nothing'}."
                 )
         for name in _COLUMNS:
             if names.count(name) > 1:
                 raise DataError(f"`{self._table}` has {names.count(name)} columns called `{name}`; keep one of them.")
         if unknown := [name for name in names if name and name not in _COLUMNS]:
             self.notes.append(f"Ignored these columns of `{self._table.name}`: {listing(unknown)}.")
-        return {name: names.index(name) for name in _COLUMNS if name in names} | {"": len(names)}
+        return {name: names.index(name) for name in _COLUMNS if name in names}
 
     def _sample(self, line: int, cells: list[str], columns: dict[str, int]) -> Sample:
-        if len(cells) != columns[""]:
-            raise DataError(
-                f"`{self._table}`, line {line}, has {len(cells)} cells where the first line has {columns['']}; "
-                'put a cell that holds a comma in quotes, as in "Ford F-150, 2012".'
-            )
-        values = {name: cells[column].strip() for name, column in columns.items() if name}
+        values = {name: cells[column].strip() for name, column in columns.items()}
         for name in ("path", "label"):
             if not values[name]:
                 raise DataError(f"`{self._table}`, line {line}: the cell `{name}` is empty; fill it or drop the row.")
@@ -98,14 +101,14 @@ class TableSource(LocalSource):
             first, second = getattr(known, name), getattr(sample, name)
             if first != second:
                 raise DataError(
-                    f"`{self._table}`, line {line}: `{sample.path}` is listed twice, with the {name} `{first}` and with "
-                    f"`{second}`; keep one of the rows."
+                    f"`{self._table}`, line {line}: `{sample.path}` is listed twice, with the {name} `{first}` and"
+                    f" with `{second}`; keep one of the rows."
                 )
 
-    def _with_splits(self, samples: list[Sample], lines: list[tuple[int, Sample]]) -> list[Sample]:
-        splits = {sample.split for sample in samples}
+    def _check_splits(self, lines: list[tuple[int, Sample]]) -> None:
+        splits = {sample.split for _, sample in lines}
         if splits == {None}:
-            return samples
+            return
         if None in splits:
             line = next(line for line, sample in lines if sample.split is None)
             raise DataError(
@@ -113,7 +116,6 @@ class TableSource(LocalSource):
             )
         if "train" not in splits:
             raise DataError(f"`{self._table}` has rows for {listing(sorted(splits))} but none for train; add them.")
-        return samples
 
 
 def _read_rows(path: Path) -> Iterator[tuple[int, list[str]]]:
@@ -136,18 +138,20 @@ def _read_rows(path: Path) -> Iterator[tuple[int, list[str]]]:
 
 
 def _check_one_label_a_cell(path: Path, lines: list[tuple[int, Sample]]) -> None:
-    # A comma alone proves nothing ("Ford F-150, 2012"); several labels are seen by each being a label elsewhere.
+    # A comma in prose proves nothing ("Ford F-150, 2012"); several labels are seen by each being a label elsewhere, or
+    # by one being so where no space follows the comma.
     labels = {sample.label for _, sample in lines}
     for line, sample in lines:
         by_mark = [part for part in re.split(r"[;|]", sample.label) if part.strip()]
         by_comma = [part.strip() for part in sample.label.split(",")]
+        tight = ", " not in sample.label
         several = (
             len(by_mark) > 1
-            or (len(by_comma) > 1 and labels.issuperset(by_comma))
+            or (len(by_comma) > 1 and (labels.issuperset(by_comma) or (tight and not labels.isdisjoint(by_comma))))
             or re.fullmatch(r"\[.*,.*\]", sample.label)
         )
         if several:
             raise DataError(
-                f"`{path}`, line {line}: the label `{sample.label}` looks like several labels, and each image must have "
-                "exactly one; keep one label a row (or, if it is one name, write it without `;`, `|` and brackets)."
+                f"`{path}`, line {line}: the label `{sample.label}` looks like several labels, and each image must"
+                " have exactly one; keep one (or, if it is one name, write it without `;`, `|`, commas and brackets)."
             )

@@ -79,9 +79,8 @@ def train_transform(images: ImageSettings, augment: AugmentConfig) -> Callable[[
 def eval_batches(dataset: Dataset, indices: np.ndarray, images: ImageSettings, compute: Compute) -> Iterator[Batch]:
     """Yield every image of `indices` exactly once, in order, as at test time."""
     reader = _Reader(dataset, eval_transform(images), seed=None, cache_side=None)
-    batches = [
-        [(0, int(index)) for index in part] for part in np.array_split(indices, math.ceil(len(indices) / 64) or 1)
-    ]
+    num_parts = math.ceil(len(indices) / compute.eval_batch_size) or 1
+    batches = [[(0, int(index)) for index in part] for part in np.array_split(indices, num_parts)]
     yield from _load(reader, batches, compute)
 
 

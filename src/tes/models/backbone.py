@@ -106,7 +106,7 @@ class Backbone(nn.Module):
             got = tuple(features.shape) if torch.is_tensor(features) else type(features).__name__
             raise ModelError(f"The backbone `{self.name}` must return pooled features (B, F), but returned {got}.")
         if not torch.isfinite(features).all():
-            raise ModelError(f"The backbone `{self.name}` returns features that are not finite; its weights are damaged.")
+            raise ModelError(f"The features of the backbone `{self.name}` are not finite; its weights are damaged.")
         return features
 
 

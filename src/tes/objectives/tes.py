@@ -15,12 +15,12 @@ from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal
 
 import torch
-import torch.nn.functional as F
 from pydantic import Field
-from torch import Tensor, nn
+from torch import Tensor
 
 from tes.config import ObjectiveConfig
 from tes.objectives.base import ModelOutput, Objective, ObjectiveContext, soft_cross_entropy
+from tes.objectives.text_head import TextHead
 
 
 class TextSupervisedConfig(ObjectiveConfig):
@@ -44,7 +44,7 @@ class TextSupervisedConfig(ObjectiveConfig):
     warm_projection: bool = Field(
         True, description="fit h to the pre-trained features first, unless the start is random"
     )
-    fit_steps: Annotated[int, Field(ge=1)] = Field(100, description="full-batch steps that fit h to fixed features")
+    fit_steps: Annotated[int, Field(ge=1)] = Field(40, description="full-batch steps that fit h to fixed features")
     fit_penalty: Annotated[float, Field(ge=0)] = Field(0.1, description="decoupled weight decay of those steps")
 
 
@@ -61,26 +61,20 @@ class TextSupervised(Objective):
 
     def setup(self, context: ObjectiveContext) -> None:
         assert context.class_text_CD is not None, "`needs` has class_text"
-        self.register_buffer("class_text_CD", F.normalize(context.class_text_CD.float(), dim=1))
-        self.projection = projection(context.num_features, context.class_text_CD.shape[1], context.seed)
-
-    def text_logits(self, features_BF: Tensor) -> Tensor:
-        """Return t (B, C): cosines between the projected features and the class texts, over τ."""
-        u_BD = F.normalize(self.projection(features_BF), dim=1)
-        return u_BD @ self.class_text_CD.T / self.config.temperature
+        self.text_head = TextHead(context.num_features, context.class_text_CD, self.config.temperature, context.seed)
 
     def losses(self, out: ModelOutput, target_BC: Tensor) -> dict[str, Tensor]:
-        t_BC = self.text_logits(out.features_BF)
+        t_BC = self.text_head(out.features_BF)
         return {
             "vision_loss": soft_cross_entropy(out.logits_BC, self._soften(target_BC, t_BC)),
             "text_loss": self.config.text_loss_weight * soft_cross_entropy(t_BC, target_BC),
         }
 
     def reference(self, out: ModelOutput, target_BC: Tensor) -> Tensor:
-        return self._soften(target_BC, self.text_logits(out.features_BF))
+        return self._soften(target_BC, self.text_head(out.features_BF))
 
     def heads(self, out: ModelOutput) -> dict[str, Tensor]:
-        return {"vision": out.logits_BC, "text": self.text_logits(out.features_BF)}
+        return {"vision": out.logits_BC, "text": self.text_head(out.features_BF)}
 
     def fit_features(self, features_NF: Tensor, target_NC: Tensor) -> dict[str, float]:
         """Minimise CE(t, y) over h on all images at once, for a fixed number of steps: it is not convex.
@@ -89,18 +83,18 @@ class TextSupervised(Objective):
         would only shrink them; as decoupled decay it sets how far each step turns them.
         """
         optimizer = torch.optim.AdamW(
-            self.projection.parameters(), lr=3e-3, weight_decay=self.config.fit_penalty, betas=(0.9, 0.99)
+            self.text_head.parameters(), lr=3e-3, weight_decay=self.config.fit_penalty, betas=(0.9, 0.99)
         )
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, self.config.fit_steps)
-        self.projection.train()
+        self.text_head.train()
         with torch.enable_grad():
             for _ in range(self.config.fit_steps):
-                loss = soft_cross_entropy(self.text_logits(features_NF), target_NC)
+                loss = soft_cross_entropy(self.text_head(features_NF), target_NC)
                 optimizer.zero_grad(set_to_none=True)
                 loss.backward()
                 optimizer.step()
                 schedule.step()
-        self._settle_norm(features_NF)
+        self.text_head.settle_norm(features_NF)
         with torch.no_grad():
             reference_NC = self.reference(ModelOutput(features_NF, features_NF), target_NC)
         # At 0 the reference is the label, and TeS is plain cross-entropy.
@@ -113,27 +107,3 @@ class TextSupervised(Objective):
     def _soften(self, target_BC: Tensor, t_BC: Tensor) -> Tensor:
         weight = self.config.text_target_weight
         return (1 - weight) * target_BC + weight * t_BC.detach().softmax(dim=1)
-
-    def _settle_norm(self, features_NF: Tensor) -> None:
-        """Set the batch norm's statistics to those of the images that h was fitted to, and go to eval mode."""
-        norm = self.projection[1]
-        momentum, norm.momentum = norm.momentum, 1.0
-        with torch.no_grad():
-            self.projection(features_NF)
-        norm.momentum = momentum
-        self.projection.eval()
-
-
-def projection(num_features: int, num_dimensions: int, seed: int) -> nn.Sequential:
-    """Return h: Linear(F, F) - BatchNorm - ReLU - Linear(F, D), as initialised by PyTorch from its own seed.
-
-    The global generator is left as it was: an arm with h draws the same order and augmentation as one without.
-    """
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        return nn.Sequential(
-            nn.Linear(num_features, num_features),
-            nn.BatchNorm1d(num_features),
-            nn.ReLU(),
-            nn.Linear(num_features, num_dimensions),
-        )

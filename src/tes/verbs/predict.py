@@ -8,14 +8,13 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from PIL import Image
 from torch import Tensor, nn
 
 from tes import console
-from tes.config import BackboneConfig
+from tes.config import BackboneConfig, ObjectiveConfig
 from tes.data.images import SUFFIXES, UnreadableImageError, decode
 from tes.engine.compute import Compute
 from tes.engine.learner import Learner
@@ -26,8 +25,8 @@ from tes.files import read_json
 from tes.models.backbone import Backbone, build_network, own_network
 from tes.models.checkpoint import load_strictly, read_weights
 from tes.models.image_settings import ImageSettings
-from tes.objectives import objectives
-from tes.objectives.base import Objective, ObjectiveContext
+from tes.objectives.base import ModelOutput, Objective
+from tes.objectives.text_head import TextHead
 from tes.run import Run
 
 BATCH_SIZE = 64
@@ -157,31 +156,34 @@ def load_learner(run: Run, *, backbone: str | None, network: nn.Module | None, c
             f"The head in `{run.path}` is {tuple(head.weight_CF.shape)}, but the run has {num_classes} classes and the"
             f" backbone {model.num_features} features."
         )
-    learner = Learner(model, head, _objective(run, settings, model, num_classes), compute)
+    learner = Learner(model, head, _saved_heads(run, model.num_features, num_classes), compute)
     return compute.place(learner).eval()
 
 
-def _objective(run: Run, settings: dict[str, Any], backbone: Backbone, num_classes: int) -> Objective:
-    """Return the run's objective with its trained text head; one without parameters where the run has no text head."""
+class _SavedHeads(Objective):
+    """The heads of a finished run: nothing to train, so no objective is looked up on a run folder's word."""
+
+    def __init__(self, text_head: TextHead | None) -> None:
+        super().__init__(ObjectiveConfig(name="saved"))
+        self.text_head = text_head
+
+    def heads(self, out: ModelOutput) -> dict[str, Tensor]:
+        text = {} if self.text_head is None else {"text": self.text_head(out.features_BF)}
+        return super().heads(out) | text
+
+
+def _saved_heads(run: Run, num_features: int, num_classes: int) -> _SavedHeads:
     path = run.path / "text_head.safetensors"
-    recorded = dict(settings.get("objective") or {})
     if not path.is_file():
-        return objectives.get("ce")(objectives.get("ce").Config())
-    objective_class = objectives.get(str(recorded.get("name")))
-    try:
-        config = objective_class.Config.model_validate(recorded)
-    except ValueError as problem:
-        raise RunError(
-            f"The objective in `{run.path / 'config.yaml'}` is not valid: {' '.join(str(problem).split())}."
-        ) from None
+        return _SavedHeads(None)
     tensors = read_weights(path)
-    class_text_CD = tensors.get("class_text_CD")
-    if class_text_CD is None or len(class_text_CD) != num_classes:
-        raise RunError(f"`{path}` does not hold a text row for each of the {num_classes} classes.")
-    objective: Objective = objective_class(config)
-    objective.setup(ObjectiveContext(backbone.num_features, num_classes, 0, class_text_CD))
-    load_strictly(objective, tensors, f"The text head of `{run.path}`")
-    return objective
+    try:
+        head = TextHead.from_tensors(tensors, num_features)
+    except (KeyError, RuntimeError, ValueError, IndexError) as problem:
+        raise RunError(f"`{path}` does not hold a text head: {' '.join(str(problem).split())[:200]}.") from None
+    if len(head.class_text_CD) != num_classes:
+        raise RunError(f"`{path}` has {len(head.class_text_CD)} text rows; the run has {num_classes} classes.")
+    return _SavedHeads(head)
 
 
 def _read(path: str | Path) -> Image.Image | str:

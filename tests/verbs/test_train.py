@@ -1,0 +1,277 @@
+"""The main job from folder to run folder, on small real files, through the public functions."""
+
+from __future__ import annotations
+
+import csv
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import tes
+from tes.config import load_config
+from tes.errors import ConfigError, DataError, RunError, TextError, TrainingError
+
+
+@pytest.fixture
+def settings(photos, texts, resnet, tmp_path):
+    def make(**flags):
+        base = {"data.source": str(photos), "text.encoder": f"file:{texts}", "out": str(tmp_path / "run"), **resnet}
+        dotted = {key.replace("__", "."): value for key, value in flags.items()}
+        return load_config(flags=base | dotted)
+
+    return make
+
+
+def test_the_run_folder_holds_format_1(settings):
+    run = tes.train(settings(objective="tes"))
+    names = {str(path.relative_to(run.path)) for path in run.path.rglob("*") if path.is_file()}
+    expected = """
+        run.json config.yaml env.json classes.json metrics.jsonl timing.jsonl splits.csv README.md preprocess.json
+        predictions/train.npz predictions/val.npz predictions/test.npz per_class_val.csv per_class_test.csv
+        model.safetensors text_head.safetensors start_head.safetensors
+    """
+    assert set(expected.split()) <= names
+    assert run.summary["format"] == 1 and run.summary["status"] == "complete" and run.summary["arm"] == "tes"
+    assert [row["class"] for row in run.classes] == ["blue_square", "green_square", "red_square"]
+    assert [row["name"] for row in run.classes] == ["blue square", "green square", "red square"]
+    model = load_file(run.path / "model.safetensors")
+    assert model["head.weight"].shape == (3, 16) and "backbone.conv1.weight" in model
+    text_head = load_file(run.path / "text_head.safetensors")
+    assert {"Z", "centre", "temperature", "projection.0.weight"} <= text_head.keys()
+    rows = list(csv.DictReader((run.path / "splits.csv").open()))
+    assert len(rows) == 36 and {row["split"] for row in rows} == {"train", "val", "test"}
+    predictions = np.load(run.path / "predictions" / "test.npz", allow_pickle=False)
+    assert set(predictions["paths"]) == {row["path"] for row in rows if row["split"] == "test"}
+    assert predictions["labels"].dtype == np.int64 and predictions["logits_vision"].dtype == np.float32
+    assert set(run.metrics["test"]) == {"vision", "text", "both"}
+    assert load_config(run.path / "config.yaml").start == "probe"
+
+
+def test_a_solved_head_tells_the_colours_apart_and_the_saved_model_says_the_same(settings, photos):
+    run = tes.train(settings(objective="ce", refit="none"))
+    assert run.metrics["test"]["vision"]["top1"] == 1.0
+    assert set(run.metrics["test"]) == {"vision"} and not (run.path / "text_head.safetensors").exists()
+    saved = run.predictions("test")
+    rows = list(tes.Classifier.from_run(run).predict([photos / path for path in saved.paths]))
+    expected = saved.probabilities("vision")
+    for row, probabilities in zip(rows, expected):
+        assert row.prob == pytest.approx(probabilities.max(), abs=2e-2)  # bf16 features in training, fp32 here
+        assert row.label == run.classes[int(probabilities.argmax())]["class"]
+
+
+def test_equal_training_gives_equal_bytes(settings, tmp_path):
+    paths = []
+    for name in ("a", "b"):
+        out = tmp_path / name
+        tes.train(settings(objective="tes", train="all", optim__num_steps=3, out=str(out)))
+        paths.append(out)
+    for file in ("model.safetensors", "text_head.safetensors", "metrics.jsonl", "splits.csv", "classes.json"):
+        assert (paths[0] / file).read_bytes() == (paths[1] / file).read_bytes(), file
+
+
+def test_training_all_moves_the_weights_and_lowers_the_loss(settings, resnet):
+    flags = {"optim__num_steps": 40, "optim__learning_rate": 0.02}
+    run = tes.train(settings(objective="ce", start="random", train="all", **flags))
+    rows = [json.loads(line) for line in (run.path / "metrics.jsonl").read_text().splitlines()]
+    losses = [row["loss"] for row in rows if row["split"] == "train"]
+    assert losses[-1] < losses[0]
+    before = load_file(resnet["backbone.checkpoint"])["layer1.0.conv1.weight"]
+    assert not torch.equal(before, load_file(run.path / "model.safetensors")["backbone.layer1.0.conv1.weight"])
+
+
+def test_weights_of_zero_equal_ce_step_for_step(settings, tmp_path):
+    models = []
+    flags = {"train": "all", "optim__num_steps": 4, "precision": "fp32"}
+    zero = {"objective.text_target_weight": 0, "objective.text_loss_weight": 0}
+    for name, config in (
+        ("ce", settings(objective="ce", out=str(tmp_path / "ce"), **flags)),
+        ("tes", settings(objective="tes", start="probe", out=str(tmp_path / "tes"), **flags).replace(zero)),
+    ):
+        run = tes.train(config)
+        rows = [json.loads(line) for line in (run.path / "metrics.jsonl").read_text().splitlines()]
+        losses = [row["vision_loss"] for row in rows if row["split"] == "train"]
+        models.append((load_file(run.path / "model.safetensors"), losses, name))
+    (ce, ce_loss, _), (zeroed, tes_loss, _) = models
+    assert ce_loss == tes_loss
+    assert all(torch.equal(ce[name], zeroed[name]) for name in ce)
+
+
+def test_a_vit_trains_from_a_local_checkpoint(settings, tmp_path):
+    import timm
+    from safetensors.torch import save_file
+
+    kwargs = {"embed_dim": 24, "depth": 2, "num_heads": 2, "img_size": 32, "patch_size": 8}
+    network = timm.create_model("vit_tiny_patch16_224", num_classes=5, **kwargs)
+    save_file(network.state_dict(), tmp_path / "vit.safetensors")
+    run = tes.train(
+        settings(
+            objective="tes", train="all", optim__num_steps=3, backbone__name="vit_tiny_patch16_224",
+            backbone__kwargs=kwargs, backbone__checkpoint=str(tmp_path / "vit.safetensors"),
+        )
+    )  # fmt: skip
+    assert run.summary["status"] == "complete"
+    assert (
+        len(list(tes.Classifier.from_run(run).probabilities([__import__("PIL.Image").Image.new("RGB", (40, 40))]))) == 1
+    )
+
+
+def test_an_own_module_in_python_trains_and_is_repeated_to_predict(settings, photos):
+    class Own(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv = torch.nn.Conv2d(3, 5, 3, stride=2)
+            self.fc = torch.nn.Linear(5, 2)
+
+        def forward(self, x):
+            return self.conv(x).mean(dim=(2, 3))
+
+    config = settings(objective="ce", train="all", optim__num_steps=2).replace({"backbone.name": "mine:Own"})
+    config = config.replace({"backbone.checkpoint": None, "backbone.kwargs": {}})
+    run = tes.train(config, network=Own())
+    with pytest.raises(RunError, match="repeat it: --backbone mine:Own"):
+        tes.Classifier.from_run(run)
+    image = next(photos.rglob("*.png"))
+    assert next(iter(tes.Classifier.from_run(run, network=Own()).predict([image]))).label
+
+
+def test_refit_uses_every_photo_and_keeps_the_figures_from_before(settings, tmp_path):
+    plain = tes.train(settings(objective="ce", refit="none", out=str(tmp_path / "plain")))
+    everything = tes.train(settings(objective="ce", refit="all", out=str(tmp_path / "all")))
+    assert plain.metrics == everything.metrics and everything.summary["refit"] == "all"
+    heads = [load_file(run.path / "model.safetensors")["head.weight"] for run in (plain, everything)]
+    assert not torch.equal(*heads)
+    # The refitted head is the solution on all images: the same as a run that is told to solve on them.
+    assert "before this refit" in (everything.path / "README.md").read_text()
+
+
+def test_shots_are_nested_and_val_is_drawn_beside_them(settings, tmp_path):
+    def paths(k):
+        run = tes.train(settings(objective="ce", data__shots=k, out=str(tmp_path / f"k{k}")))
+        rows = list(csv.DictReader((run.path / "splits.csv").open()))
+        return {split: {row["path"] for row in rows if row["split"] == split} for split in ("train", "val", "test")}
+
+    one, two = paths(1), paths(2)
+    assert len(one["train"]) == 3 and len(one["val"]) == 3 and len(two["train"]) == 6 and len(two["val"]) == 6
+    assert one["train"] < two["train"] and one["test"] == two["test"]
+
+
+def test_a_second_run_computes_no_feature_again(settings, monkeypatch, tmp_path):
+    tes.train(settings(objective="ce", out=str(tmp_path / "a")))
+    import tes.engine.features as features
+
+    def refuse(*arguments, **keywords):
+        raise AssertionError("features were computed again")
+
+    monkeypatch.setattr(features, "compute_features", refuse)
+    assert tes.train(settings(objective="tes", out=str(tmp_path / "b"))).metrics["test"]
+
+
+def test_a_loss_that_is_not_finite_stops_with_step_files_and_hint(settings):
+    far_too_high = {"optim__name": "sgd", "optim__learning_rate": 1e9, "optim__clip_norm": 1e30, "precision": "fp32"}
+    with pytest.raises(TrainingError, match=r"not finite at step \d+ .*_square/.*--lr"):
+        tes.train(settings(objective="ce", train="all", optim__num_steps=30, **far_too_high))
+
+
+def test_accumulated_micro_batches_give_the_gradient_of_the_whole_batch(settings, tmp_path):
+    heads = []
+    for parts in (1, 2):
+        run = tes.train(
+            settings(
+                objective="ce", train="all", optim__num_steps=2, optim__batch_size=8, optim__accumulate=parts,
+                precision="fp32", optim__freeze_norms=True, out=str(tmp_path / str(parts)),
+            )
+        )  # fmt: skip
+        heads.append(load_file(run.path / "model.safetensors")["backbone.layer1.0.conv1.weight"])
+    assert torch.allclose(*heads, atol=1e-5)
+
+
+def test_an_unreadable_image_is_skipped_counted_and_listed(settings, photos, tmp_path):
+    copy = tmp_path / "copy"
+    shutil.copytree(photos, copy)
+    (copy / "red_square" / "fake.jpg").write_text("not an image")
+    run = tes.train(settings(objective="ce", data__source=str(copy)))
+    assert run.summary["unreadable"] == [{"path": "red_square/fake.jpg", "reason": "not an image"}]
+
+
+def test_a_permuted_text_classifier_is_refused(settings, photos, texts):
+    from tes import data, text
+
+    dataset = data.load(settings().data)
+    classifier = text.build(dataset.classes, settings().text, centre=True)
+    with pytest.raises(TextError, match="Row 0"):
+        classifier.aligned_with(dataset.classes[::-1])
+
+
+@pytest.mark.parametrize(
+    ("flags", "error", "words"),
+    [
+        ({"data__source": "/nowhere/at/all"}, DataError, "nowhere"),
+        ({"data__shots": 30}, DataError, "has 9"),
+        ({"objective": "ce", "start": "random", "train": "head"}, ConfigError, "undertraining"),
+        ({"data__only_classes": ("red_square", "purple")}, DataError, "purple"),
+        ({"data__only_classes": ("red_square",)}, DataError, "two classes"),
+    ],
+)
+def test_a_mistake_is_one_sentence_and_leaves_nothing(settings, tmp_path, flags, error, words):
+    with pytest.raises(error, match=words):
+        tes.train(settings(**flags))
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_class_missing_from_the_text_file_is_named(settings, tmp_path):
+    rows = tmp_path / "few.npz"
+    np.savez(rows, names=np.array(["red_square", "green_square"]), embeddings=np.eye(2, dtype="float32"))
+    with pytest.raises(TextError, match="blue_square"):
+        tes.train(settings(text__encoder=f"file:{rows}"))
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_existing_run_is_refused_unless_overwritten(settings):
+    config = settings(objective="ce")
+    first = tes.train(config)
+    with pytest.raises(RunError, match="--overwrite"):
+        tes.train(config)
+    again = tes.train(config, overwrite=True)
+    assert again.path == first.path and again.metrics == first.metrics
+
+
+def test_a_failed_overwrite_puts_the_old_run_back(settings):
+    run = tes.train(settings(objective="ce"))
+    before = (run.path / "model.safetensors").read_bytes()
+    with pytest.raises(DataError):
+        tes.train(settings(objective="ce", data__shots=30), overwrite=True)
+    assert (run.path / "model.safetensors").read_bytes() == before
+    assert [path.name for path in run.path.parent.iterdir()] == [run.path.name]
+
+
+def test_a_folder_of_other_files_is_never_replaced(settings, tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "thesis.txt").write_text("years of work")
+    with pytest.raises(RunError, match="not a run"):
+        tes.train(settings(objective="ce"), overwrite=True)
+    assert (tmp_path / "run" / "thesis.txt").read_text() == "years of work"
+
+
+def test_an_output_path_below_a_file_is_refused_before_any_work(settings, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(RunError, match="cannot be made"):
+        tes.train(settings(objective="ce", out=str(tmp_path / "file" / "run")))
+
+
+def test_the_default_folder_is_the_next_free_number(settings, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    config = settings(objective="ce").replace({"out": None})
+    assert [str(tes.train(config).path) for _ in range(2)] == ["runs/squares-ce-1", "runs/squares-ce-2"]
+
+
+def test_a_saved_backbone_is_never_imported_on_the_folders_word(settings):
+    run = tes.train(settings(objective="ce"))
+    config = run.path / "config.yaml"
+    config.write_text(config.read_text().replace("name: resnet18", "name: subprocess:check_output"))
+    with pytest.raises(RunError, match="not imported on a run folder's word"):
+        tes.Classifier.from_run(Path(run.path))
