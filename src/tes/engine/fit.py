@@ -135,12 +135,12 @@ def _step(
             }
         )
 
-    def on_step(step: int) -> None:
-        if evaluate is not None and step in evaluate_at:
-            heads = evaluate(learner)
-            log({"split": "val", "step": step, "epoch": round(step / per_epoch, 4), "heads": heads})
-            shown = ", ".join(f"{head} {figures['mean_per_class']:.1%}" for head, figures in heads.items())
-            console.note(f"step {step}/{num_steps}: val mean per class {shown}")
+    def score(step: int) -> None:
+        assert evaluate is not None
+        heads = evaluate(learner)
+        log({"split": "val", "step": step, "epoch": round(step / per_epoch, 4), "heads": heads})
+        shown = ", ".join(f"{head} {figures['mean_per_class']:.1%}" for head, figures in heads.items())
+        console.note(f"step {step}/{num_steps}: val mean per class {shown}")
 
     loop.fit(
         learner,
@@ -149,6 +149,7 @@ def _step(
         num_steps,
         path_of=lambda index: dataset.paths[index],
         on_losses=on_losses,
-        on_step=on_step,
+        evaluate=score,
+        evaluate_at=evaluate_at if evaluate is not None else (),
     )
     learner.backbone.refresh_fingerprint()  # other weights, other features: none may be found under the old name

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 
 import torch
@@ -63,7 +63,8 @@ def fit(
     *,
     path_of: Callable[[int], str],
     on_losses: Callable[[int, dict[str, float], float], None],
-    on_step: Callable[[int], None] = lambda step: None,
+    evaluate: Callable[[int], None] = lambda step: None,
+    evaluate_at: Collection[int] = (),
 ) -> None:
     """Train for `num_steps` steps, one batch each.
 
@@ -74,7 +75,8 @@ def fit(
         num_steps: The budget.
         path_of: Names an image by its index, for messages.
         on_losses: Called now and then with (step, mean losses since the last call, learning rate).
-        on_step: Called after every step with the number of steps taken, for example to evaluate.
+        evaluate: Called with the number of steps taken, after those in `evaluate_at`; may put the learner in eval mode.
+        evaluate_at: When.
 
     Raises:
         TrainingError: The loss is not finite; the message names the step and the batch's files.
@@ -88,14 +90,14 @@ def fit(
             learning_rate = optimizer.param_groups[0]["lr"]
             losses = train_step(learner, batch, optimizer, schedule, config.accumulate, config.clip_norm)
             pending.append(StepLosses(step, losses, batch.indices_B))
-            if step % STEPS_BETWEEN_CHECKS == 0 or step == num_steps:
+            if step % STEPS_BETWEEN_CHECKS == 0 or step == num_steps or step in evaluate_at:
                 means = _mean_losses(pending, path_of)
                 pending.clear()
                 on_losses(step, means, learning_rate)
                 progress.advance(0, **means)
             progress.advance(1)
-            on_step(step)
-            if not learner.training:  # an evaluation has been in between
+            if step in evaluate_at:
+                evaluate(step)
                 to_train_mode(learner, config.freeze_norms)
     learner.eval()
 

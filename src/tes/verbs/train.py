@@ -24,6 +24,7 @@ from tes.engine.features import compute_features, frozen_features
 from tes.engine.fit import fit
 from tes.engine.learner import Learner
 from tes.engine.start import out_of_fold_logits
+from tes.errors import TrainingError
 from tes.files import append_jsonl, write_atomic, write_json
 from tes.metrics import evaluate_split
 from tes.models.backbone import Backbone, load_backbone
@@ -134,6 +135,11 @@ def predict(learner: Learner, dataset: Dataset, indices: np.ndarray, *, fixed: b
     """Return every head's logits for the images `indices`; `fixed` backbones read and fill the cache of features."""
     features_of = frozen_features if fixed else compute_features
     features_NF = features_of(learner.backbone, dataset, indices, learner.compute)
+    if not torch.isfinite(features_NF).all():
+        raise TrainingError(
+            "The trained network's features are not finite: training has diverged. Lower the learning rate (--lr), set"
+            " optim.clip_norm=1, or use --precision fp32."
+        )
     logits = {head: values_NC.numpy() for head, values_NC in learner.heads(features_NF).items()}
     return Predictions([dataset.paths[index] for index in indices], dataset.labels[indices], logits)
 
