@@ -51,7 +51,7 @@ def test_hard_targets_agree_with_scikit_learn():
 
 
 def test_the_folded_head_gives_the_logits_of_the_unfolded_one():
-    features, soft = problem(50, 10, 3)
+    features, _ = problem(50, 10, 3)
     standardize = Standardizer.fit(features)
     draw = torch.Generator().manual_seed(0)
     weight, bias = torch.randn(3, 10, generator=draw, dtype=torch.double), torch.randn(3, generator=draw).double()

@@ -131,7 +131,7 @@ def test_fitting_the_projection_to_features_makes_text_logits_follow_the_labels(
     labels = np.arange(60) % C
     features = torch.from_numpy(draw.normal(size=(C, F))[labels] + 0.3 * draw.normal(size=(60, F))).float()
     target = torch.nn.functional.one_hot(torch.from_numpy(labels), C).float()
-    objective = make("tes", text_rows().astype("float32"))
+    objective = make("tes", text_rows().astype("float32"), fit_steps=150)
     before = objective.eval().text_head(features).argmax(dim=1)
     figures = objective.fit_features(features, target)
     after = objective.text_head(features).argmax(dim=1)
