@@ -14,6 +14,7 @@ import json
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 import tes
 from tes import console
@@ -34,16 +35,8 @@ def main() -> None:
     arguments = parser.parse_args()
     rows = []
     for arm in arguments.arms.split(","):
-        objective, _, start = arm.partition("+")
         for seed in range(arguments.first_seed, arguments.first_seed + arguments.seeds):
-            with tempfile.TemporaryDirectory() as folder, console.quiet():
-                flags = {"data.source": arguments.data, "objective": objective, "start": start or None, "seed": seed}
-                config = tes.load_config(flags=flags | {"out": f"{folder}/run"}, assignments=arguments.assignments)
-                began = time.monotonic()
-                run = tes.train(config)
-                row = {"data": arguments.data, "arm": arm, "seed": seed, "settings": arguments.assignments}
-                row |= {"split": arguments.split, "heads": run.metrics[arguments.split]}
-                row |= {"objective": run.summary["objective"], "seconds": round(time.monotonic() - began, 1)}
+            row = measure(arguments.data, arm, seed, arguments.split, arguments.assignments)
             rows.append(row)
             if arguments.jsonl:
                 append_jsonl(arguments.jsonl, row)
@@ -61,6 +54,19 @@ def main() -> None:
                 cells.append(_cell(values, percent=name not in ("nll", "ece")))
             seconds = sum(row["seconds"] for row in mine) / len(mine)
             print(f"{arm:24}{head:8}" + "".join(f"{cell:>26}" for cell in cells) + f"{seconds:10.1f}")
+
+
+def measure(data: str, arm: str, seed: int, split: str, assignments: list[str]) -> dict[str, Any]:
+    """Train one arm (`NAME[@PRESET][+START]`) once and return its figures; the run folder is not kept."""
+    objective, _, start = arm.partition("+")
+    with tempfile.TemporaryDirectory() as folder, console.quiet():
+        flags = {"data.source": data, "objective": objective, "start": start or None, "seed": seed}
+        config = tes.load_config(flags=flags | {"out": f"{folder}/run"}, assignments=assignments)
+        began = time.monotonic()
+        run = tes.train(config)
+        seconds = round(time.monotonic() - began, 1)
+        row = {"data": data, "arm": arm, "seed": seed, "settings": assignments, "split": split}
+        return row | {"heads": run.metrics[split], "objective": run.summary["objective"], "seconds": seconds}
 
 
 def _cell(values: list[float], percent: bool) -> str:

@@ -103,3 +103,9 @@ def test_a_config_file_cannot_make_python_objects(tmp_path):
     with pytest.raises(ConfigError, match="cannot be read"):
         load_config(file)
     assert not proof.exists()
+
+
+@pytest.mark.parametrize("text", ["seed=2020-13-45", "seed=0b_", "seed=" + "[" * 5000, "objective.preset=[1]"])
+def test_yaml_that_cannot_be_is_one_sentence(text):
+    with pytest.raises(ConfigError):
+        load_config(flags={"data.source": "x"}, assignments=[text])

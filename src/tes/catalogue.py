@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from pydantic import BaseModel
+
+from tes.config import Config
 from tes.data.source import sources
 from tes.errors import ConfigError, did_you_mean
 from tes.objectives import objectives
@@ -15,7 +18,7 @@ KINDS: dict[str, Registry] = {"objectives": objectives, "sources": sources, "enc
 
 
 def available(kind: str) -> list[str]:
-    """Return the names of `objectives`, `sources`, `encoders` or `backbones` (timm's, and `lite0`).
+    """Return the names of `objectives`, `sources`, `encoders`, `backbones` (timm's, and `lite0`), or all `settings`.
 
     Raises:
         ConfigError: There is no such kind.
@@ -24,6 +27,8 @@ def available(kind: str) -> list[str]:
         import timm
 
         return ["lite0", *timm.list_models()]
+    if kind == "settings":
+        return [*_settings(Config), *(line for name in objectives.names() for line in _objective_settings(name))]
     return _registry(kind).names()
 
 
@@ -32,8 +37,26 @@ def register(kind: str, name: str) -> Callable[[Any], Any]:
     return _registry(kind).register(name)
 
 
+def _settings(model: type[BaseModel], prefix: str = "") -> list[str]:
+    """Return "key = default  (what it is)" for every setting below a model."""
+    lines = []
+    for name, field in model.model_fields.items():
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            if name != "objective":
+                lines += _settings(field.annotation, f"{prefix}{name}.")
+            continue
+        default = "(required)" if field.is_required() else field.get_default(call_default_factory=True)
+        lines.append(f"{prefix}{name} = {default}" + (f"  ({field.description})" if field.description else ""))
+    return lines
+
+
+def _objective_settings(name: str) -> list[str]:
+    own = [line for line in _settings(objectives.get(name).Config) if not line.startswith(("name =", "preset ="))]
+    return [f"objective.{line}  [{name}]" for line in own]
+
+
 def _registry(kind: str) -> Registry:
     if kind not in KINDS:
-        kinds = [*KINDS, "backbones"]
+        kinds = [*KINDS, "backbones", "settings"]
         raise ConfigError(f"There is no kind `{kind}`.{did_you_mean(kind, kinds)} Known: {', '.join(kinds)}.")
     return KINDS[kind]

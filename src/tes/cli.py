@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import csv
 import dataclasses
+import io
 import json
 import os
 import sys
@@ -36,6 +37,7 @@ class Kind(StrEnum):
     objectives = "objectives"
     encoders = "encoders"
     sources = "sources"
+    settings = "settings"
 
 
 Data = Annotated[
@@ -77,7 +79,9 @@ def _root(version: Annotated[bool, typer.Option("--version", help="Print the ver
 
 @app.command()
 def train(
-    data: Data,
+    data: Annotated[
+        str | None, typer.Argument(metavar="DATA", help="As for `tes check`; may stand in --config instead.")
+    ] = None,
     objective: Annotated[
         str | None, typer.Option(help="tes, ce, label_smoothing; or NAME@PRESET, as in tes@paper.")
     ] = None,
@@ -136,12 +140,12 @@ def train(
     run = train_run(settings, overwrite=overwrite)
     print(_metrics_table(run.metrics))
     print(f"\nrun folder: {run.path}")
-    print("next:")
-    print(f"  tes predict {run.path} PHOTO_OR_FOLDER                 # classify new images, no text needed")
-    print(f"  tes evaluate {run.path} --data OTHER_FOLDER            # score it on other labelled images")
+    own = f" --backbone {settings.backbone.name}" if ":" in settings.backbone.name else ""
     other = "ce" if settings.objective.name != "ce" else "tes"
-    shots_flag = f" --shots {shots}" if shots else ""
-    print(f"  tes train {data} --objective {other}{shots_flag}   # the same with `{other}`, to compare")
+    print("next:")
+    print(f"  tes predict {run.path} PHOTO_OR_FOLDER{own}   # classify new images, no text needed")
+    print(f"  tes evaluate {run.path} --data OTHER_FOLDER{own}   # score it on other labelled images")
+    print(f"  tes train --config {run.path}/config.yaml --objective {other}   # the same with `{other}`, to compare")
 
 
 @app.command()
@@ -163,6 +167,8 @@ def evaluate(
         print(json.dumps(result, ensure_ascii=False))
     else:
         print(f"{result.get('data', result['split'])}: {result['num_samples']} images")
+        for note in result.get("notes", ()):
+            print(note, file=sys.stderr)
         print(_metrics_table({result["split"]: result["heads"]}))
 
 
@@ -177,8 +183,8 @@ def predict(
     """Classify images: CSV rows path,label,prob,top5 on stdout. A file that cannot be read is a row with the reason."""
     from tes.verbs.predict import Classifier, image_files
 
-    files = image_files(paths)
     classifier = Classifier.from_run(run, backbone=backbone)
+    files = image_files(paths)
     failed = 0
     rows = []
     table = csv.writer(sys.stdout, lineterminator="\n")
@@ -286,11 +292,13 @@ def demo(
 def main() -> None:
     """Run the command line; turn every error into one sentence and an exit code."""
     debug = "--debug" in sys.argv
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # file names need not be UTF-8; in JSON this is the escape
     try:
         code = app(standalone_mode=False)
         sys.stdout.flush()
-    except typer.Exit as left:
-        code = left.exit_code
+    except typer.Exit as left:  # 130: how the command-line parser passes Ctrl-C on
+        code = _fail("interrupted", 130) if left.exit_code == 130 else left.exit_code
     except typer.Abort:
         code = _fail("interrupted", 130)
     except KeyboardInterrupt:

@@ -19,6 +19,8 @@ from tes.errors import ConfigError, did_you_mean
 
 Fraction = Annotated[float, Field(gt=0, le=1)]
 Triple = tuple[float, float, float]
+NOT_YAML = (yaml.YAMLError, ValueError, RecursionError)
+"""What PyYAML raises on text that it cannot read: ValueError for dates and numbers such as 2020-13-45."""
 
 
 class Settings(BaseModel):
@@ -138,7 +140,9 @@ class ImageConfig(Settings):
     """How an image becomes a tensor. None: as the weights were trained."""
 
     size: Annotated[int, Field(ge=8, le=2048)] | None = Field(None, description="side in pixels")
-    crop_fraction: Fraction | None = Field(None, description="central share of the image that is kept at test time")
+    crop_fraction: Annotated[float, Field(ge=0.1, le=1)] | None = Field(
+        None, description="central share of the image that is kept at test time"
+    )
     mean: Triple | None = Field(None, description="of red, green, blue, in 0..1")
     std: tuple[Annotated[float, Field(gt=0)], Annotated[float, Field(gt=0)], Annotated[float, Field(gt=0)]] | None = (
         None
@@ -223,7 +227,7 @@ def load_config(
             raise ConfigError(f"`--set {assignment}` has no `=`; write it as `--set optim.batch_size=64`.")
         try:
             _assign(tree, key.strip(), yaml.safe_load(text))
-        except yaml.YAMLError as problem:
+        except NOT_YAML as problem:
             raise ConfigError(f"The value in `--set {assignment}` is not valid YAML: {_first_line(problem)}.") from None
     return _validate(_with_preset(tree))
 
@@ -233,7 +237,7 @@ def _read_yaml(path: Path) -> dict[str, Any]:
         tree = yaml.safe_load(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ConfigError(f"There is no config file `{path}`.") from None
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as problem:
+    except (OSError, *NOT_YAML) as problem:
         raise ConfigError(f"The config file `{path}` cannot be read: {_first_line(problem)}.") from None
     if tree is None:
         return {}
@@ -256,7 +260,9 @@ def _assign(tree: dict[str, Any], key: str, value: Any) -> None:
             raise ConfigError(f"`{key}`: `{parent}` is a single value and has no keys below it.")
         tree = below
     if key == "objective" and isinstance(value, str) and isinstance(tree.get("objective"), dict):
-        value = tree["objective"] | _split_objective(value)
+        named = _split_objective(value)
+        # Another objective than the file's has other settings; the same one keeps those that the file gave it.
+        value = tree["objective"] | named if tree["objective"].get("name") == named["name"] else named
     tree[last] = value
 
 
@@ -276,7 +282,7 @@ def _with_preset(tree: dict[str, Any]) -> dict[str, Any]:
     if preset is None:
         return tree
     presets = _objective_settings(name).presets
-    if preset not in presets:
+    if not isinstance(preset, str) or preset not in presets:
         known = f"It has: {', '.join(presets)}." if presets else "It has none."
         raise ConfigError(
             f"`objective`: `{name}` has no preset `{preset}`.{did_you_mean(str(preset), presets)} {known}"

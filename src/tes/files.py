@@ -7,17 +7,32 @@ import hashlib
 import json
 import os
 import tempfile
+import zipfile
+import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 from tes.errors import TesError
 
+NPZ_DAMAGE = (
+    OSError, ValueError, TypeError, EOFError, KeyError, RuntimeError, MemoryError, zipfile.BadZipFile, zlib.error
+)  # fmt: skip
+"""What numpy raises on an .npz file that is absent, cut off or altered."""
+
 
 def cache_dir() -> Path:
     """Return the folder of caches that may be deleted at any time: `$TES_CACHE`, else `~/.cache/tes`."""
     root = os.environ.get("TES_CACHE")
-    return Path(root).expanduser() if root else Path.home() / ".cache" / "tes"
+    return user_path(root) if root else Path.home() / ".cache" / "tes"
+
+
+def user_path(ref: str | Path) -> Path:
+    """Return a path as the user wrote it, with `~` as their home; `~name` stays as it is where nobody is called so."""
+    try:
+        return Path(ref).expanduser()
+    except RuntimeError:
+        return Path(ref)
 
 
 @contextlib.contextmanager
@@ -57,7 +72,7 @@ def read_json(path: Path, error: Callable[[str], TesError]) -> Any:
         return json.loads(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise error(f"There is no file `{path}`.") from None
-    except (OSError, ValueError) as problem:
+    except (OSError, ValueError, RecursionError) as problem:
         raise error(f"`{path}` cannot be read as JSON: {problem}.") from None
 
 

@@ -6,18 +6,15 @@ Shapes: n images, C classes.
 from __future__ import annotations
 
 import io
-import zipfile
-import zlib
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 from tes.errors import RunError
-from tes.files import write_atomic
+from tes.files import NPZ_DAMAGE, write_atomic
 
 _LOGITS = "logits_"
-_DAMAGE = (OSError, ValueError, EOFError, KeyError, RuntimeError, MemoryError, zipfile.BadZipFile, zlib.error)
 
 
 @dataclass(frozen=True, eq=False)
@@ -102,7 +99,7 @@ class Predictions:
                 arrays = dict(saved) if isinstance(saved, np.lib.npyio.NpzFile) else {}
         except FileNotFoundError:
             raise RunError(f"There is no file of predictions `{path}`.") from None
-        except _DAMAGE as problem:
+        except NPZ_DAMAGE as problem:
             raise RunError(
                 f"The predictions in `{path}` cannot be read; the file is damaged: {_line(problem)}."
             ) from None

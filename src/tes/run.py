@@ -18,11 +18,18 @@ from typing import Any
 
 import yaml
 
-from tes.errors import RunError, did_you_mean
-from tes.files import read_json
+from tes.config import NOT_YAML
+from tes.errors import RunError, did_you_mean, listing
+from tes.files import read_json, user_path
 from tes.predictions import Predictions
 
 FORMAT = 1
+CONTENTS = frozenset(
+    {"run.json", "config.yaml", "env.json", "classes.json", "metrics.jsonl", "timing.jsonl", "splits.csv", "README.md"}
+    | {"predictions", "per_class_val.csv", "per_class_test.csv", "thumbnails", "preprocess.json"}
+    | {"model.safetensors", "text_head.safetensors", "start_head.safetensors"}
+)
+"""All that a run folder holds: a folder with anything else in it is never replaced."""
 
 
 @dataclass(frozen=True)
@@ -66,7 +73,7 @@ class Run:
         """The resolved settings as plain values."""
         try:
             value = yaml.safe_load((self.path / "config.yaml").read_text(encoding="utf-8"))
-        except (OSError, UnicodeDecodeError, yaml.YAMLError) as problem:
+        except (OSError, *NOT_YAML) as problem:
             raise RunError(f"`{self.path / 'config.yaml'}` cannot be read: {' '.join(str(problem).split())}.") from None
         if not isinstance(value, dict):
             raise RunError(f"`{self.path / 'config.yaml'}` does not hold settings.")
@@ -79,6 +86,8 @@ class Run:
         try:
             rows = value["classes"]
             _ = [(str(row["class"]), str(row["name"])) for row in rows]
+            if not isinstance(rows, list):
+                raise TypeError
         except (TypeError, KeyError):
             raise RunError(f"`{self.path / 'classes.json'}` does not list classes.") from None
         return rows
@@ -130,7 +139,7 @@ def claim(out: str | None, stem: str, overwrite: bool) -> Iterator[Claim]:
     Raises:
         RunError: The folder cannot be made, holds something already, or is no run of ours.
     """
-    path = Path(out).expanduser() if out is not None else None
+    path = user_path(out) if out is not None else None
     replaced: Path | None = None
     try:
         if path is None:
@@ -165,6 +174,14 @@ def _set_aside(path: Path, overwrite: bool) -> Path:
         raise RunError(f"`{path}` holds files that are not a run; choose another --out.")
     if not overwrite:
         raise RunError(f"There is a run in `{path}` already; choose another --out, or replace it with --overwrite.")
+    # Names with a leading dot: what an interruption, or the operating system, has left behind.
+    foreign = sorted(entry.name for entry in path.iterdir() if entry.name not in CONTENTS and entry.name[0] != ".")
+    if foreign:
+        raise RunError(
+            f"`{path}` holds more than a run ({listing(foreign)}) and is not replaced; choose another --out."
+        )
+    if Path.cwd().is_relative_to(path.resolve()):
+        raise RunError(f"`{path}` is, or holds, the folder you are in and is not replaced; choose another --out.")
     aside = path.with_name(f".{path.name}.replaced")
     shutil.rmtree(aside, ignore_errors=True)
     path.rename(aside)

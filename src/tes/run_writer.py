@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -20,6 +21,7 @@ from tes.config import Config
 from tes.data.dataset import Dataset
 from tes.engine.fit import Fitted
 from tes.engine.solve import LinearHead
+from tes.errors import RunError
 from tes.files import replacing, write_atomic, write_json
 from tes.metrics import evaluate_split, write_per_class_csv
 from tes.models.image_settings import ImageSettings
@@ -128,7 +130,10 @@ def _class_rows(dataset: Dataset, text: TextClassifier | None) -> list[dict[str,
 
 def _save_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
     with replacing(path) as temporary:
-        save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, temporary)
+        try:
+            save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, temporary)
+        except SafetensorError as problem:  # how it reports a full disk
+            raise RunError(f"`{path}` cannot be written: {problem}.") from None
 
 
 def _write_thumbnails(folder: Path, dataset: Dataset) -> None:

@@ -18,7 +18,7 @@ NUM_EPOCHS = 20
 # A solved head has large weights, and its first gradients are large too: AdamW's steps do not depend on their size,
 # where SGD from the same start diverged within ten steps (LOG.md, 2026-11-24). Transformers want a tenth, as is usual.
 LEARNING_RATE = {
-    "adamw": {"conv": 3e-4, "depthwise": 3e-4, "transformer": 3e-5},
+    "adamw": {"conv": 1e-4, "depthwise": 1e-4, "transformer": 3e-5},
     "sgd": {"conv": 1e-3, "depthwise": 1e-3, "transformer": 1e-3},
 }
 
@@ -42,7 +42,8 @@ def check_needs(config: Config, objective_class: type[Objective]) -> None:
         return
     if config.start == "random":
         raise ConfigError(
-            "`start: random` with `train: head` would measure undertraining; a head is solved, not stepped."
+            "`start: random` with `train: head` would measure undertraining, since a head is solved, not stepped; add"
+            " `--train all`."
         )
     if "trainable_backbone" in objective_class.needs:
         raise ConfigError(f"The objective `{config.objective.name}` trains the backbone; use it with `--train all`.")

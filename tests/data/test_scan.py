@@ -159,3 +159,10 @@ def test_a_folder_called_like_an_image_and_an_impossible_path_are_reported(photo
     assert [path for path, _ in seen.unreadable] == ["cat/folder.jpg", "cat/zero\0byte.jpg"]
     assert seen.unreadable[0][1] == "is a directory"
     assert "null byte" in seen.unreadable[1][1]
+
+
+def test_a_pipe_among_the_images_is_reported_and_not_waited_for(photos):
+    source = FolderSource(photos(cat=1, dog=1))
+    os.mkfifo(source.root / "cat/pipe.jpg")
+    seen = scan(source, [Sample("cat/pipe.jpg", "cat")])
+    assert seen.unreadable == [("cat/pipe.jpg", "not a regular file")]

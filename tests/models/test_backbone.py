@@ -252,3 +252,14 @@ def _settings():
     from tes.models.image_settings import ImageSettings
 
     return ImageSettings(16, 1.0, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5), "bilinear")
+
+
+@pytest.mark.parametrize("body", ["raise KeyError('k')", "raise SystemExit(0)", "1 / 0"])
+def test_whatever_an_own_factory_raises_is_one_sentence(tmp_path, monkeypatch, body):
+    (tmp_path / "odd_factory.py").write_text(f"def build():\n    {body}\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "odd_factory", raising=False)
+    with pytest.raises(ModelError, match="fails when called"):
+        load_backbone(BackboneConfig(name="odd_factory:build"), ImageConfig())
+    with pytest.raises(ModelError, match="cannot be imported"):
+        load_backbone(BackboneConfig(name="../x:y"), ImageConfig())

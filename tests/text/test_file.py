@@ -178,3 +178,13 @@ def test_rows_of_a_large_vocabulary_serve_the_classes_that_it_names(shared):
     text = build(classes, TextConfig(encoder=f"file:{path}"), centre=True)
     assert text.Z.shape == (3, 512)
     assert "1585 of 1588 rows" in text.notes[0]
+
+
+def test_a_compressed_file_that_was_altered_is_explained(tmp_path):
+    path = tmp_path / "rows.npz"
+    np.savez_compressed(path, names=np.array(["a", "b"]), embeddings=np.arange(2000.0).reshape(2, 1000))
+    content = bytearray(path.read_bytes())
+    content[1000:1040] = b"\xff" * 40
+    path.write_bytes(content)
+    with pytest.raises(TextError, match=r"cannot be read as \.npz"):
+        build(derive_classes(["a", "b"]), TextConfig(encoder=f"file:{path}"), centre=False)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -211,3 +212,54 @@ def test_pickled_predictions_are_refused_and_not_executed(cli, run, tmp_path):
     np.savez(run / "predictions" / "test.npz", **rows)
     code, _, err = cli("evaluate", run)
     assert code == 2 and "test.npz" in err and not proof.exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        ("preprocess.json", lambda values: []),
+        ("preprocess.json", lambda values: values | {"size": None}),
+        ("preprocess.json", lambda values: values | {"crop_fraction": 1e-9}),
+        ("classes.json", lambda values: values | {"classes": {}}),
+        ("config.yaml", lambda values: values | {"backbone": "resnet18"}),
+        ("config.yaml", lambda values: values | {"backbone": {"name": "resnet18", "kwargs": [1]}}),
+        ("config.yaml", lambda values: values | {"backbone": {"name": "resnet18", "kwargs": {"act_layer": "no"}}}),
+        ("config.yaml", lambda values: values | {"backbone": {"name": "resnet18", "kwargs": {"checkpoint_path": "x"}}}),
+    ],
+)
+def test_an_altered_run_folder_is_one_sentence(cli, run, photos, name, change):
+    file = run / name
+    file.write_text(json.dumps(change(yaml.safe_load(file.read_text()))))  # JSON is YAML
+    code, out, err = cli("predict", run, photos / "red_square" / "00.png", "--json")
+    assert code == 2 and out == "" and err.count("\n") == 1 and err.startswith("error: ")
+
+
+@pytest.mark.parametrize("bias", [np.zeros(1), np.zeros(5), np.full(3, np.nan)])
+def test_a_head_that_cannot_be_is_refused(cli, run, photos, bias):
+    from safetensors.numpy import load_file, save_file
+
+    tensors = load_file(run / "model.safetensors")
+    save_file(tensors | {"head.bias": bias.astype("float32")}, run / "model.safetensors")
+    code, out, err = cli("predict", run, photos / "red_square" / "00.png", "--json")
+    assert code == 2 and out == "" and "The head in" in err
+
+
+def test_a_file_name_that_is_not_utf8_is_a_row_like_any_other(cli, run, photos, tmp_path):
+    folder = tmp_path / "new"
+    folder.mkdir()
+    try:
+        shutil.copy(photos / "red_square" / "00.png", os.fsencode(folder) + b"/\xff.png")
+    except OSError:
+        pytest.skip("this file system takes UTF-8 names alone")
+    code, out, _ = cli("predict", run, folder, "--json")
+    assert code == 0 and os.fsencode(json.loads(out)[0]["path"]).endswith(b"/\xff.png")
+    assert cli("predict", run, folder)[0] == 0
+
+
+def test_ctrl_c_says_so(cli, photos, arguments, monkeypatch):
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("tes.verbs.train.train", interrupted)
+    code, out, err = cli("train", photos, *arguments)
+    assert (code, out, err) == (130, "", "interrupted\n")

@@ -275,3 +275,47 @@ def test_a_saved_backbone_is_never_imported_on_the_folders_word(settings):
     config.write_text(config.read_text().replace("name: resnet18", "name: subprocess:check_output"))
     with pytest.raises(RunError, match="not imported on a run folder's word"):
         tes.Classifier.from_run(Path(run.path))
+
+
+def test_overwrite_replaces_nothing_but_a_run(settings, tmp_path):
+    folder = tmp_path / "run"
+    folder.mkdir()
+    (folder / "config.yaml").write_text("mine: 1")
+    (folder / "thesis.txt").write_text("mine")
+    with pytest.raises(RunError, match=r"more than a run \(thesis.txt\)"):
+        tes.train(settings(objective="ce"), overwrite=True)
+    assert (folder / "thesis.txt").read_text() == "mine"
+
+
+def test_the_folder_one_stands_in_is_not_replaced(settings, tmp_path, monkeypatch):
+    tes.train(settings(objective="ce"))
+    monkeypatch.chdir(tmp_path / "run")
+    with pytest.raises(RunError, match="the folder you are in"):
+        tes.train(settings(objective="ce", out="."), overwrite=True)
+    assert (tmp_path / "run" / "run.json").is_file()
+
+
+def test_a_run_folder_among_the_images_is_refused(settings, photos, tmp_path, monkeypatch):
+    images = tmp_path / "images"
+    shutil.copytree(photos, images)
+    monkeypatch.chdir(images)
+    with pytest.raises(RunError, match="among the images"):
+        tes.train(settings(objective="ce", data__source=".").replace({"out": None}))
+    assert sorted(path.name for path in images.iterdir()) == sorted(path.name for path in photos.iterdir())
+
+
+def test_damaged_features_in_the_cache_are_computed_again(settings, own_cache, tmp_path):
+    first = tes.train(settings(objective="ce")).metrics
+    for file in (own_cache / "features").rglob("*.npz"):
+        file.write_bytes(file.read_bytes()[:300])
+    assert tes.train(settings(objective="ce", out=str(tmp_path / "again"))).metrics == first
+
+
+def test_a_batch_is_never_split_into_single_images(settings):
+    flags = {"optim.batch_size": 4, "optim.accumulate": 4, "optim.num_steps": 2}
+    assert tes.train(settings(objective="tes", train="all", **flags)).metrics
+
+
+def test_an_extreme_penalty_is_one_sentence(settings):
+    with pytest.raises(TrainingError, match="no finite solution"):
+        tes.train(settings(objective="ce", optim__head_penalty=1e300))

@@ -17,6 +17,7 @@ import yaml
 from tes.data.names import NameIndex, readable_name
 from tes.data.source import no_such_path
 from tes.errors import DataError, listing
+from tes.files import user_path
 
 _FIELDS = ("name", "description", "descriptions", "prompts", "coarse")
 
@@ -59,7 +60,7 @@ def read_classes_file(path: str | Path) -> list[ClassRow]:
     Raises:
         DataError: The file cannot be read, a class is in it twice, or something is not the text that it should be.
     """
-    path = Path(path).expanduser()
+    path = user_path(path)
     if not path.is_file():
         raise no_such_path(path, "classes file")
     try:

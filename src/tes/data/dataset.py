@@ -6,7 +6,6 @@ import dataclasses
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import numpy as np
 from PIL import Image
@@ -19,6 +18,7 @@ from tes.data.scan import scan
 from tes.data.source import Sample, Source, counted, open_source
 from tes.data.splits import carve, draw_fraction, draw_shots
 from tes.errors import DataError, listing
+from tes.files import user_path
 
 
 @dataclass(frozen=True, eq=False)
@@ -210,9 +210,9 @@ def _samples_and_classes(source: Source, config: DataConfig) -> tuple[list[Sampl
 
 def _chosen(only_classes: Sequence[str], labels: set[str]) -> set[str]:
     names = list(only_classes)
-    if len(names) == 1 and names[0] not in labels and Path(names[0]).expanduser().is_file():
+    if len(names) == 1 and names[0] not in labels and user_path(names[0]).is_file():
         try:
-            lines = Path(names[0]).expanduser().read_text(encoding="utf-8-sig").splitlines()
+            lines = user_path(names[0]).read_text(encoding="utf-8-sig").splitlines()
         except (OSError, UnicodeDecodeError) as problem:
             raise DataError(f"The list of classes `{names[0]}` cannot be read: {problem}.") from None
         names = [line.strip() for line in lines if line.strip()]

@@ -10,6 +10,7 @@ from pathlib import Path
 from tes.data.images import SUFFIXES
 from tes.data.source import SPLIT_WORDS, LocalSource, Sample, counted, no_such_path
 from tes.errors import DataError, listing
+from tes.files import user_path
 
 # What operating systems leave behind; names with a leading dot are skipped as well.
 _CLUTTER = {"thumbs.db", "desktop.ini", "__macosx", "@eadir"}
@@ -26,7 +27,7 @@ class FolderSource(LocalSource):
     """
 
     def __init__(self, ref: str | Path) -> None:
-        root = Path(ref).expanduser()
+        root = user_path(ref)
         if not root.is_dir():
             raise no_such_path(root, "folder")
         super().__init__(root, name=root.resolve().name)

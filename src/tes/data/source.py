@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import errno
 import re
+import stat
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from tes.errors import DataError, did_you_mean, listing
+from tes.files import user_path
 from tes.registry import Registry
 
 SPLIT_WORDS = {"train": "train", "val": "val", "validation": "val", "valid": "val", "test": "test"}
@@ -65,7 +68,11 @@ class LocalSource(Source):
 
     def read(self, sample: Sample) -> bytes:
         """Return the file's content."""
-        return self.locate(sample).read_bytes()
+        file = self.locate(sample)
+        mode = file.stat().st_mode
+        if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):  # a pipe would keep the reader waiting for ever
+            raise OSError(errno.EINVAL, "not a regular file")
+        return file.read_bytes()
 
     def locate(self, sample: Sample) -> Path:
         """Return the sample's file."""
@@ -78,7 +85,7 @@ def open_source(ref: str) -> Source:
     Raises:
         DataError: There is nothing there, or it is of no known kind.
     """
-    path = Path(ref).expanduser()
+    path = user_path(ref)
     kind, colon, rest = ref.partition(":")
     if not ref.strip():
         raise DataError("The data's name is empty; give a folder of class folders or a CSV.")

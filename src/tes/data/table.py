@@ -11,6 +11,7 @@ from pathlib import Path
 
 from tes.data.source import SPLIT_WORDS, LocalSource, Sample, counted, no_such_path
 from tes.errors import DataError, did_you_mean, listing
+from tes.files import user_path
 
 _COLUMNS = ("path", "label", "split", "group")
 
@@ -26,7 +27,7 @@ class TableSource(LocalSource):
     """
 
     def __init__(self, ref: str | Path) -> None:
-        path = Path(ref).expanduser()
+        path = user_path(ref)
         if not path.is_file():
             raise no_such_path(path, "file")
         super().__init__(path.parent, name=path.stem)

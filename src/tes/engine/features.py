@@ -17,7 +17,7 @@ from tes import console
 from tes.data.dataset import Dataset
 from tes.engine.compute import Compute
 from tes.engine.loader import eval_batches
-from tes.files import cache_dir, replacing, sha256_text
+from tes.files import NPZ_DAMAGE, cache_dir, replacing, sha256_text
 from tes.models.backbone import Backbone
 
 SHARD = 2048
@@ -76,7 +76,7 @@ class _Store:
                     names, rows = content["sha1"], content["features"]
                 if rows.shape != (len(names), self.num_features) or not np.isfinite(rows).all():
                     raise ValueError("wrong shape or values")
-            except (OSError, ValueError, KeyError, EOFError) as problem:
+            except NPZ_DAMAGE as problem:
                 console.warn(f"the cached features in {path} are damaged and are computed again ({problem})")
                 path.unlink(missing_ok=True)
                 continue

@@ -39,7 +39,8 @@ def train_step(
 ) -> dict[str, Tensor]:
     """Take one step on one batch and return its losses, each a mean over the batch."""
     total: dict[str, Tensor] = {}
-    parts = zip(batch.images_B3HW.chunk(accumulate), batch.labels_B.chunk(accumulate))
+    num_parts = max(1, min(accumulate, len(batch.labels_B) // 2))  # a part of one image breaks batch norm
+    parts = zip(batch.images_B3HW.tensor_split(num_parts), batch.labels_B.tensor_split(num_parts))
     for images, labels in parts:
         target_BC = one_hot(labels, learner.head.out_features).to(learner.compute.device)
         losses = learner(learner.compute.images(images), target_BC)

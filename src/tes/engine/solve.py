@@ -16,6 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from tes.errors import TrainingError
 from tes.objectives.base import soft_cross_entropy
 
 SCALE = 20.0
@@ -66,6 +67,9 @@ def solve_head(features_NF: Tensor, reference_NC: Tensor, penalty: float) -> Lin
         features_NF: Pooled features that do not move.
         reference_NC: The distribution per image that the head is fitted to: one-hot labels, or softer.
         penalty: `optim.head_penalty`.
+
+    Raises:
+        TrainingError: A setting is so extreme that the solution is not finite.
     """
     standardize = Standardizer.fit(features_NF)
     x_NF = standardize(features_NF)
@@ -76,7 +80,13 @@ def solve_head(features_NF: Tensor, reference_NC: Tensor, penalty: float) -> Lin
         x_NF = x_NF @ basis_FK
     weight_CK, bias_C = _minimise(x_NF, reference_NC.to(x_NF.dtype), penalty)
     weight_CF = weight_CK if basis_FK is None else weight_CK @ basis_FK.T
-    return standardize.fold(weight_CF, bias_C)
+    head = standardize.fold(weight_CF, bias_C)
+    if not (head.weight_CF.isfinite().all() and head.bias_C.isfinite().all()):
+        raise TrainingError(
+            "The head's problem has no finite solution; choose a more usual optim.head_penalty, or settings of the"
+            " objective."
+        )
+    return head
 
 
 def _minimise(x_NK: Tensor, reference_NC: Tensor, penalty: float) -> tuple[Tensor, Tensor]:

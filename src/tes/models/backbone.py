@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from tes.config import BackboneConfig, ImageConfig
 from tes.errors import ModelError, did_you_mean
-from tes.files import sha256_text
+from tes.files import sha256_text, user_path
 from tes.models import bundled, image_settings
 from tes.models.checkpoint import load_strictly, read_weights
 from tes.models.image_settings import ImageSettings
@@ -146,13 +146,11 @@ def build_network(name: str, kwargs: Mapping[str, Any]) -> nn.Module:
             f"There is no backbone `{name}`.{did_you_mean(name, known)}"
             " `tes list backbones` shows all; your own module is written as `package.module:factory`."
         )
-    reserved = BackboneConfig(name=name, kwargs=dict(kwargs)).kwargs
     try:
-        return timm.create_model(architecture, pretrained=False, num_classes=0, **reserved)
-    except (TypeError, ValueError, AssertionError, RuntimeError) as problem:
-        raise ModelError(
-            f"timm cannot build `{name}` with {dict(kwargs)}: {' '.join(str(problem).split())}."
-        ) from problem
+        allowed = BackboneConfig(name=name, kwargs=dict(kwargs)).kwargs
+        return timm.create_model(architecture, pretrained=False, num_classes=0, **allowed)
+    except Exception as problem:  # hundreds of networks, each with errors of its own for keywords that do not suit it
+        raise ModelError(f"timm cannot build `{name}` with {dict(kwargs)}: {_reason(problem)}.") from problem
 
 
 def family_of(network: nn.Module) -> str:
@@ -195,8 +193,8 @@ def _timm_model(config: BackboneConfig, images: ImageConfig) -> Backbone:
         beside = []
         what = f"The Hub's checkpoint of `{config.name}`"
     else:
-        weights = read_weights(Path(config.checkpoint).expanduser())
-        beside = image_settings.beside_weights(Path(config.checkpoint).expanduser())
+        weights = read_weights(user_path(config.checkpoint))
+        beside = image_settings.beside_weights(user_path(config.checkpoint))
         what = f"The checkpoint `{config.checkpoint}`"
     classifier = config.source_head or network.pretrained_cfg.get("classifier") or "fc"
     classifier = classifier if isinstance(classifier, str) else classifier[0]
@@ -240,7 +238,7 @@ def _own_module(config: BackboneConfig, images: ImageConfig, network: nn.Module 
     )
     head = None
     if config.checkpoint is not None:
-        path = Path(config.checkpoint).expanduser()
+        path = user_path(config.checkpoint)
         weights = read_weights(path)
         own_head = (f"{head_name}.weight", f"{head_name}.bias") if head_name else ()
         absent = tuple(name for name in own_head if name not in weights)
@@ -273,18 +271,24 @@ def own_network(config: BackboneConfig) -> nn.Module:
         sys.path.insert(0, str(Path.cwd()))
     try:
         factory = getattr(importlib.import_module(module_name), attribute)
-    except (ImportError, AttributeError, ValueError) as problem:
+    except (Exception, SystemExit) as problem:  # a module of the user's: anything can happen in it
         raise ModelError(
-            f"The backbone `{config.name}` cannot be imported: {problem}. It is written as `package.module:factory`,"
-            " importable from this folder."
-        ) from None
+            f"The backbone `{config.name}` cannot be imported: {_reason(problem)}. It is written as"
+            " `package.module:factory`, importable from this folder."
+        ) from problem
     try:
         network = factory(**config.kwargs)
-    except TypeError as problem:
-        raise ModelError(f"The factory `{config.name}` cannot be called with {config.kwargs}: {problem}.") from problem
+    except (Exception, SystemExit) as problem:
+        raise ModelError(
+            f"The factory `{config.name}` fails when called with {config.kwargs}: {_reason(problem)}."
+        ) from problem
     if not isinstance(network, nn.Module):
         raise ModelError(f"The factory `{config.name}` returned a {type(network).__name__}, not an nn.Module.")
     return network
+
+
+def _reason(problem: BaseException) -> str:
+    return f"{type(problem).__name__}: {' '.join(str(problem).split())}".rstrip(". :")
 
 
 def _split_head(
@@ -318,7 +322,7 @@ def source_names(source_classes: str | None, num_rows: int) -> tuple[str, ...] |
         names = tuple(["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"])
     else:
         try:
-            lines = Path(source_classes).expanduser().read_text(encoding="utf-8").splitlines()
+            lines = user_path(source_classes).read_text(encoding="utf-8").splitlines()
         except (OSError, UnicodeDecodeError) as problem:
             raise ModelError(
                 f"`backbone.source_classes` is `{source_classes}`: neither imagenet1k nor cifar10, nor a readable text"

@@ -8,6 +8,8 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
+
 from tes.config import ImageConfig
 from tes.errors import ModelError
 
@@ -32,9 +34,18 @@ class ImageSettings:
     def from_dict(values: Mapping[str, Any]) -> ImageSettings:
         """Read `preprocess.json`'s values; anything missing or of the wrong kind is a ModelError."""
         try:
-            checked = ImageConfig.model_validate({field.name: values[field.name] for field in fields(ImageSettings)})
-        except (KeyError, ValueError) as problem:
-            raise ModelError(f"The image settings are incomplete or wrong: {' '.join(str(problem).split())}.") from None
+            known = {field.name: values[field.name] for field in fields(ImageSettings)}
+            if absent := [name for name, value in known.items() if value is None]:
+                raise KeyError(absent[0])
+            checked = ImageConfig.model_validate(known)
+        except ValidationError as problem:
+            first = problem.errors(include_url=False)[0]
+            where = ".".join(map(str, first["loc"]))
+            raise ModelError(
+                f"The image settings are wrong: `{where}`: {first['msg']} (got {first['input']!r})."
+            ) from None
+        except (KeyError, TypeError) as problem:
+            raise ModelError(f"The image settings are incomplete or wrong: {problem}.") from None
         return ImageSettings(**checked.model_dump())
 
 
@@ -71,7 +82,9 @@ def beside_weights(checkpoint: Path) -> list[tuple[str, dict[str, Any]]]:
             except (OSError, ValueError) as problem:
                 raise ModelError(f"`{path}` beside the checkpoint cannot be read as JSON: {problem}.") from None
             if isinstance(values, dict):
-                found.append((f"`{name}` beside the weights", from_timm(values | values.get("pretrained_cfg", {}))))
+                timm_own = values.get("pretrained_cfg")
+                values |= timm_own if isinstance(timm_own, dict) else {}
+                found.append((f"`{name}` beside the weights", from_timm(values)))
     if checkpoint.suffix == ".safetensors":
         from safetensors import SafetensorError, safe_open
 

@@ -2,6 +2,6 @@
 
 from tes.text.classifier import TextClassifier, build
 from tes.text.encoder import TextEncoder, encoders, open_encoder
-from tes.text.report import render, text_report
+from tes.text.report import render, text_report, warnings
 
-__all__ = ["TextClassifier", "TextEncoder", "build", "encoders", "open_encoder", "render", "text_report"]
+__all__ = ["TextClassifier", "TextEncoder", "build", "encoders", "open_encoder", "render", "text_report", "warnings"]

@@ -8,7 +8,6 @@ A new encoder is one file: a subclass of `TextEncoder`, and a line in `encoders`
 from __future__ import annotations
 
 import io
-import zipfile
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,7 +17,7 @@ import numpy as np
 
 from tes.console import warn
 from tes.errors import ConfigError, TextError
-from tes.files import cache_dir, sha256_text, write_atomic
+from tes.files import NPZ_DAMAGE, cache_dir, sha256_text, write_atomic
 from tes.registry import Registry
 
 if TYPE_CHECKING:
@@ -115,7 +114,7 @@ def _read_cache(path: Path, num_rows: int) -> np.ndarray | None:
     try:
         with np.load(path, allow_pickle=False) as stored:
             rows = stored["embeddings"]
-    except (OSError, EOFError, ValueError, KeyError, TypeError, zipfile.BadZipFile):
+    except NPZ_DAMAGE:
         return None  # absent, or damaged: the sentences are embedded again
     usable = rows.ndim == 2 and len(rows) == num_rows and rows.dtype == np.float32 and np.isfinite(rows).all()
     return rows if usable else None

@@ -7,7 +7,6 @@
 from __future__ import annotations
 
 import json
-import zipfile
 from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,7 +16,7 @@ import numpy as np
 
 from tes.data.names import match_key
 from tes.errors import ConfigError, TextError, listing
-from tes.files import sha256_file
+from tes.files import NPZ_DAMAGE, sha256_file, user_path
 from tes.text.encoder import TextEncoder, unit_rows
 
 if TYPE_CHECKING:
@@ -34,7 +33,7 @@ class FileEncoder(TextEncoder):
         super().__init__(identifier, config)
         if config.pooling is not None:
             raise ConfigError("`text.pooling` is for `bert:ID`; a file's rows are pooled already, leave it out.")
-        self.path = Path(identifier).expanduser()
+        self.path = user_path(identifier)
         self.spec = f"file:{identifier}"
         if not self.path.is_file():
             raise TextError(f"There is no file `{identifier}` to read text embeddings from; write `file:PATH`.")
@@ -118,19 +117,19 @@ def _read_npz(path: Path) -> tuple[list[str], np.ndarray]:
             if absent := [key for key in ("names", "embeddings") if key not in stored.files]:
                 raise TextError(f"`{path}` has no array `{absent[0]}`; it has: {listing(stored.files) or 'nothing'}.")
             names, embeddings_ND = stored["names"], stored["embeddings"]
+        if names.dtype.kind == "S":
+            names = np.char.decode(names, "utf-8")
     except TextError:
         raise
-    except (OSError, EOFError, ValueError, TypeError, zipfile.BadZipFile) as problem:
+    except NPZ_DAMAGE as problem:
         if "pickle" in str(problem):
             raise TextError(
                 f"`{path}` holds pickled objects, which could run code and are never opened; save `names` with "
                 "np.array(names, dtype=str) and `embeddings` as float32."
             ) from None
         raise TextError(f"`{path}` cannot be read as .npz: {problem}.") from None
-    if names.ndim != 1 or names.dtype.kind not in "US":
+    if names.ndim != 1 or names.dtype.kind != "U":
         raise TextError(f"`names` in `{path}` must be a list of words, not {names.dtype} of shape {names.shape}.")
-    if names.dtype.kind == "S":
-        names = np.char.decode(names, "utf-8")
     return names.tolist(), embeddings_ND
 
 

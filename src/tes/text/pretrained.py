@@ -20,7 +20,7 @@ import numpy as np
 
 from tes.console import note, progress
 from tes.errors import TextError
-from tes.files import sha256_file, sha256_text
+from tes.files import sha256_file, sha256_text, user_path
 from tes.hub import require_hub
 from tes.text.encoder import TextEncoder
 
@@ -164,7 +164,7 @@ def model_folder(kind: str, identifier: str) -> Path:
     """
     if not identifier:
         raise TextError(f"`text.encoder: {kind}` needs a model: `{kind}:FOLDER`, or `{kind}:NAME` of the Hub.")
-    folder = Path(identifier).expanduser()
+    folder = user_path(identifier)
     if not folder.is_dir():
         if folder.exists():
             raise TextError(f"`{identifier}` is a file; `{kind}:` takes the folder that holds config.json and weights.")
@@ -233,7 +233,7 @@ def _without_safetensors(identifier: str) -> str:
 
 
 def _target(identifier: str) -> str:
-    return identifier if Path(identifier).expanduser().is_dir() else identifier.rpartition("/")[2]
+    return identifier if user_path(identifier).is_dir() else identifier.rpartition("/")[2]
 
 
 @contextlib.contextmanager

@@ -31,7 +31,7 @@ def text_report(text: TextClassifier, classes: Sequence[ClassInfo]) -> dict[str,
         `classes` (each with `class`, `name`, `prompts`, `nearest`: cosines of the rows in use), `duplicates` (pairs
         with one row), `uninformative` (labels of classes that only have a name, and one that says nothing), `cosine`
         ({`raw`, `centred`}: {`mean`, `max`} over different classes), `centred` (whether the rows in use are),
-        `encoder`, `num_classes`, `num_dimensions`, `notes`, `verdict` (sentences).
+        `encoder`, `num_classes`, `num_dimensions`, `notes`, `obstacles` and `verdict` (sentences).
 
     Raises:
         TextError: The classifier is of other classes.
@@ -58,7 +58,8 @@ def text_report(text: TextClassifier, classes: Sequence[ClassInfo]) -> dict[str,
         ],
         "notes": list(text.notes),
     }
-    report["verdict"] = _verdict(report, classes, raw_CC, used_CC)
+    report["obstacles"] = _obstacles(report, classes, raw_CC, used_CC)
+    report["verdict"] = _verdict(report, classes)
     return report
 
 
@@ -91,7 +92,7 @@ def render(report: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _verdict(
+def _obstacles(
     report: dict[str, Any], classes: Sequence[ClassInfo], raw_CC: np.ndarray, used_CC: np.ndarray
 ) -> list[str]:
     sentences = []
@@ -121,6 +122,12 @@ def _verdict(
             f"All rows point much the same way (mean cosine {raw:.2f}, centred {centred:.2f}), so the text hardly "
             "tells classes apart: turn centring on with --set text.centre=true."
         )
+    return sentences
+
+
+def _verdict(report: dict[str, Any], classes: Sequence[ClassInfo]) -> list[str]:
+    sentences = list(report["obstacles"])
+    raw, centred = report["cosine"]["raw"]["mean"], report["cosine"]["centred"]["mean"]
     if not sentences:
         sentences.append(
             f"All {len(classes)} classes have a name that says something and a row of their own: nothing stands in the "
@@ -132,6 +139,11 @@ def _verdict(
             "text speaks of what sets a class apart, not of what all classes share."
         )
     return sentences
+
+
+def warnings(classifier: TextClassifier, classes: Sequence[ClassInfo]) -> list[str]:
+    """Return what stands in the way of text supervision, in sentences; nothing where nothing does."""
+    return text_report(classifier, classes)["obstacles"]
 
 
 def _says_nothing(info: ClassInfo) -> bool:

@@ -46,7 +46,7 @@ def check(config: Config) -> dict[str, Any]:
         classifier = text.build(dataset.classes, config.text, centre=config.text.centre is not False)
         classifier.aligned_with(dataset.classes)
         report = text.text_report(classifier, dataset.classes)
-        warnings += report["verdict"]
+        warnings += report["obstacles"]
         texts = {"encoder": classifier.encoder, "prompts": [list(part) for part in classifier.prompts]}
 
     backbone = load_backbone(config.backbone, config.image)

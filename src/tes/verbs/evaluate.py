@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
-
-from torch import nn
+from typing import TYPE_CHECKING, Any
 
 from tes import data
-from tes.engine.compute import Compute
 from tes.errors import RunError
 from tes.metrics import evaluate_split
 from tes.predictions import Predictions
 from tes.run import Run
-from tes.verbs.predict import load_learner
-from tes.verbs.train import predict
+
+if TYPE_CHECKING:
+    from torch import nn
 
 
 def evaluate(
@@ -44,6 +42,11 @@ def evaluate(
             raise RunError(f"`--split {split}`: a run has saved predictions for val and test.")
         predictions = run.predictions(split)
         coarse = [row.get("coarse") for row in run.classes]
+        if run.summary.get("refit", "none") != "none":
+            result["notes"] = [
+                f"the shipped weights were trained once more, on {run.summary['refit']}: these figures"
+                " are those before it"
+            ]
     else:
         dataset, predictions = _predict_elsewhere(run, data_source, backbone, network)
         result = {"split": "all", "data": dataset.name}
@@ -59,9 +62,12 @@ def evaluate(
 def _predict_elsewhere(
     run: Run, source: str, backbone: str | None, network: nn.Module | None
 ) -> tuple[data.Dataset, Predictions]:
+    from tes.verbs.predict import load_learner, recorded_compute
+    from tes.verbs.train import predict
+
     classes = [
         data.ClassInfo(label=str(row["class"]), name=str(row["name"]), coarse=row.get("coarse")) for row in run.classes
     ]
     dataset = data.load_labelled(source, classes)
-    learner = load_learner(run, backbone=backbone, network=network, compute=Compute("cpu", "fp32", "contiguous", 0))
+    learner = load_learner(run, backbone=backbone, network=network, compute=recorded_compute(run))
     return dataset, predict(learner, dataset, dataset.indices("test"))

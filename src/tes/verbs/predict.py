@@ -11,12 +11,13 @@ from pathlib import Path
 
 import torch
 from PIL import Image
+from pydantic import ValidationError
 from torch import Tensor, nn
 
 from tes import console
 from tes.config import BackboneConfig, ObjectiveConfig
 from tes.data.images import SUFFIXES, UnreadableImageError, decode
-from tes.engine.compute import Compute
+from tes.engine.compute import Compute, resolve_device
 from tes.engine.learner import Learner
 from tes.engine.loader import eval_transform
 from tes.engine.solve import LinearHead
@@ -63,7 +64,7 @@ class Classifier:
             RunError: The folder is damaged, or an own module was not repeated.
         """
         run = run if isinstance(run, Run) else Run.open(run)
-        learner = load_learner(run, backbone=backbone, network=network, compute=Compute("cpu", "fp32", "contiguous", 0))
+        learner = load_learner(run, backbone=backbone, network=network, compute=recorded_compute(run))
         return Classifier(learner, [str(row["class"]) for row in run.classes])
 
     @torch.inference_mode()
@@ -71,7 +72,9 @@ class Classifier:
         """Return probabilities (B, C) of RGB images."""
         batch = torch.stack([self.transform(image.convert("RGB")) for image in images])
         learner = self.learner.eval()
-        return learner.output(learner.backbone(batch)).logits_BC.softmax(dim=1)
+        with learner.compute.autocast():
+            features_BF = learner.backbone(learner.compute.images(batch))
+        return learner.output(features_BF).logits_BC.softmax(dim=1).cpu()
 
     def predict(self, paths: Iterable[str | Path]) -> Iterator[Prediction]:
         """Yield a prediction per image file, in order; a file that cannot be read yields a reason instead."""
@@ -120,6 +123,17 @@ def image_files(paths: Iterable[str | Path]) -> list[Path]:
     return files
 
 
+def recorded_compute(run: Run) -> Compute:
+    """Return the arithmetic that the run was trained in where this machine has its device, else plain fp32."""
+    device, _ = resolve_device("auto")
+    recorded = run.settings
+    if recorded.get("device") != device:
+        return Compute(device, "fp32", "contiguous", 0)
+    precision = "bf16" if recorded.get("precision") == "bf16" else "fp32"
+    layout = "channels_last" if recorded.get("memory_format") == "channels_last" else "contiguous"
+    return Compute(device, precision, layout, 0)
+
+
 def load_learner(run: Run, *, backbone: str | None, network: nn.Module | None, compute: Compute) -> Learner:
     """Rebuild a run's network with its trained weights and, where it has one, its text head.
 
@@ -127,12 +141,15 @@ def load_learner(run: Run, *, backbone: str | None, network: nn.Module | None, c
         RunError: The folder is damaged, or its backbone is an own module that was not repeated.
     """
     settings = run.settings
-    recorded = settings.get("backbone") or {}
-    name = str(recorded.get("name"))
+    try:
+        recorded = BackboneConfig.model_validate(settings.get("backbone"))
+    except ValidationError as problem:
+        what = problem.errors(include_url=False)[0]["msg"].removeprefix("Value error, ")
+        raise RunError(f"`{run.path / 'config.yaml'}` does not name a backbone that can be built: {what}.") from None
+    name, kwargs = recorded.name, recorded.kwargs
     images = ImageSettings.from_dict(read_json(run.path / "preprocess.json", RunError))
     weights = read_weights(run.path / "model.safetensors")
     if network is None:
-        kwargs = dict(recorded.get("kwargs") or {})
         if ":" in name:
             if backbone is None:
                 raise RunError(
@@ -151,11 +168,13 @@ def load_learner(run: Run, *, backbone: str | None, network: nn.Module | None, c
         head = LinearHead(weights["head.weight"], weights["head.bias"])
     except KeyError as missing:
         raise RunError(f"`{run.path / 'model.safetensors'}` has no {missing}.") from None
-    if head.weight_CF.shape != (num_classes, model.num_features):
+    if head.weight_CF.shape != (num_classes, model.num_features) or head.bias_C.shape != (num_classes,):
         raise RunError(
-            f"The head in `{run.path}` is {tuple(head.weight_CF.shape)}, but the run has {num_classes} classes and the"
-            f" backbone {model.num_features} features."
+            f"The head in `{run.path}` is {tuple(head.weight_CF.shape)} + {tuple(head.bias_C.shape)}, but the run has"
+            f" {num_classes} classes and the backbone {model.num_features} features."
         )
+    if not (head.weight_CF.isfinite().all() and head.bias_C.isfinite().all()):
+        raise RunError(f"The head in `{run.path}` is not finite; the file is damaged.")
     learner = Learner(model, head, _saved_heads(run, model.num_features, num_classes), compute)
     return compute.place(learner).eval()
 

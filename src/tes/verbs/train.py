@@ -24,8 +24,8 @@ from tes.engine.features import compute_features, frozen_features
 from tes.engine.fit import fit
 from tes.engine.learner import Learner
 from tes.engine.start import out_of_fold_logits
-from tes.errors import TrainingError
-from tes.files import append_jsonl, write_atomic, write_json
+from tes.errors import RunError, TrainingError
+from tes.files import append_jsonl, user_path, write_atomic, write_json
 from tes.metrics import evaluate_split
 from tes.models.backbone import Backbone, load_backbone
 from tes.objectives import objectives
@@ -52,7 +52,9 @@ def train(config: Config, *, network: nn.Module | None = None, overwrite: bool =
     objective_class: type[Objective] = objectives.get(config.objective.name)
     check_needs(config, objective_class)
     arm = config.arm
-    with claim(config.out, f"{Path(config.data.source).stem}-{arm}", overwrite) as claimed:
+    source = user_path(config.data.source)
+    _refuse_out_among_images(user_path(config.out or "runs"), source)
+    with claim(config.out, f"{source.resolve().stem}-{arm}", overwrite) as claimed:
         folder = claimed.path
 
         # What there is to learn from.
@@ -63,6 +65,8 @@ def train(config: Config, *, network: nn.Module | None = None, overwrite: bool =
             class_text = text.build(dataset.classes, config.text, centre=config.text.centre is not False)
             class_text.aligned_with(dataset.classes)
             _note_all(class_text.notes)
+            for line in text.warnings(class_text, dataset.classes):
+                console.warn(line)
         rows_CD = torch.from_numpy(class_text.Z) if class_text is not None else None
         backbone = load_backbone(config.backbone, config.image, network)
         _note_all(backbone.notes)
@@ -89,7 +93,11 @@ def train(config: Config, *, network: nn.Module | None = None, overwrite: bool =
             config, backbone, dataset, dataset.indices("train"), rows_CD, compute,
             log=log, evaluate=score if len(val) else None,
         )  # fmt: skip
-        _note_all([f"{name.replace('_', ' ')}: {value:.3g}" for name, value in fitted.figures.items()])
+        if "kl_label_to_reference" in fitted.figures:
+            distance = fitted.figures["kl_label_to_reference"]
+            console.note(
+                f"KL(label ‖ softened target) is {distance:.3g} on average; at 0 `{arm}` is plain cross-entropy"
+            )
         metrics: dict[str, Any] = {}
         for split, indices in (("val", val), ("test", test)):
             if len(indices):
@@ -129,6 +137,14 @@ def train(config: Config, *, network: nn.Module | None = None, overwrite: bool =
         append_jsonl(folder / "timing.jsonl", {"seconds": round(time.monotonic() - began, 3)})
         write_json(folder / "run.json", summary)
     return Run.open(folder)
+
+
+def _refuse_out_among_images(out: Path, source: Path) -> None:
+    if source.is_dir() and out.resolve().is_relative_to(source.resolve()):
+        raise RunError(
+            f"The run folder `{out}` would lie among the images of `{source}` and be taken for a class; choose another"
+            " --out."
+        )
 
 
 def predict(learner: Learner, dataset: Dataset, indices: np.ndarray, *, fixed: bool = False) -> Predictions:
