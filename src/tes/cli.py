@@ -297,8 +297,10 @@ def main() -> None:
     try:
         code = app(standalone_mode=False)
         sys.stdout.flush()
-    except typer.Exit as left:  # 130: how the command-line parser passes Ctrl-C on
-        code = _fail("interrupted", 130) if left.exit_code == 130 else left.exit_code
+        if code == 130:  # the command-line parser has caught Ctrl-C and returns this
+            raise KeyboardInterrupt
+    except typer.Exit as left:
+        code = left.exit_code
     except typer.Abort:
         code = _fail("interrupted", 130)
     except KeyboardInterrupt:

@@ -7,8 +7,9 @@ backbone normalises on the device. Shapes: B batch, N images, H = W = size.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -99,24 +100,24 @@ def train_batches(
     """Yield the augmented batches of steps `first_step` to `num_steps`."""
     cache_side = 2 * images.size if compute.num_workers == 0 else None
     reader = _Reader(dataset, train_transform(images, augment), seed, cache_side)
-    batches = order(indices, batch_size, num_steps, seed)[first_step:]
-    yield from _load(reader, batches, compute)
+    steps = order(indices, batch_size, num_steps, seed)
+    yield from _load(reader, itertools.islice(steps, first_step, None), compute)
 
 
-def order(indices: np.ndarray, batch_size: int, num_steps: int, seed: int) -> list[list[tuple[int, int]]]:
-    """Return for every step its (epoch, index) pairs.
+def order(indices: np.ndarray, batch_size: int, num_steps: int, seed: int) -> Iterator[list[tuple[int, int]]]:
+    """Yield for every step its (epoch, index) pairs.
 
     A batch holds min(batch_size, N) images; the last one of an epoch wraps round to the epoch's first images, since a
     batch of one breaks batch norm.
     """
     size = min(batch_size, len(indices))
     per_epoch = steps_per_epoch(len(indices), batch_size)
-    steps: list[list[tuple[int, int]]] = []
-    for epoch in range(math.ceil(num_steps / per_epoch)):
-        shuffled = np.random.default_rng((seed, epoch)).permutation(indices)
-        wrapped = np.resize(shuffled, per_epoch * size)
-        steps += [[(epoch, int(index)) for index in batch] for batch in wrapped.reshape(per_epoch, size)]
-    return steps[:num_steps]
+    for step in range(num_steps):
+        epoch, place = divmod(step, per_epoch)
+        if place == 0:
+            shuffled = np.random.default_rng((seed, epoch)).permutation(indices)
+            wrapped = np.resize(shuffled, per_epoch * size).reshape(per_epoch, size)
+        yield [(epoch, int(index)) for index in wrapped[place]]
 
 
 def steps_per_epoch(num_images: int, batch_size: int) -> int:
@@ -158,7 +159,7 @@ class _Reader(torch.utils.data.Dataset):
         return image
 
 
-def _load(reader: _Reader, batches: list[list[tuple[int, int]]], compute: Compute) -> Iterator[Batch]:
+def _load(reader: _Reader, batches: Iterable[list[tuple[int, int]]], compute: Compute) -> Iterator[Batch]:
     # The loader draws its workers' base seed from the global generator; a generator of its own leaves that one alone.
     loader = DataLoader(
         reader,

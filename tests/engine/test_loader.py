@@ -1,0 +1,93 @@
+"""Batches: the same one at the same (seed, epoch, step), whatever the workers; every image once in an evaluation."""
+
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+import pytest
+import torch
+
+from tes import data
+from tes.config import AugmentConfig, DataConfig
+from tes.engine.compute import Compute
+from tes.engine.loader import eval_batches, order, steps_per_epoch, train_batches
+from tes.models.image_settings import ImageSettings
+
+IMAGES = ImageSettings(32, 1.0, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5), "bilinear")
+
+
+def compute(num_workers: int = 0) -> Compute:
+    return Compute("cpu", "fp32", "contiguous", num_workers)
+
+
+@pytest.fixture(scope="module")
+def dataset(photos):
+    return data.load(DataConfig(source=str(photos)))
+
+
+def batches(dataset, num_workers=0, first_step=0, num_steps=5, seed=0, images=IMAGES, augment=None):
+    return list(
+        train_batches(
+            dataset, dataset.indices("train"), images, augment or AugmentConfig(), compute(num_workers),
+            batch_size=10, num_steps=num_steps, seed=seed, first_step=first_step,
+        )
+    )  # fmt: skip
+
+
+def test_an_epoch_sees_every_image_and_its_last_batch_wraps_round():
+    indices = np.arange(100, 125)
+    steps = list(order(indices, 10, 6, seed=0))
+    assert steps_per_epoch(25, 10) == 3 and all(len(step) == 10 for step in steps)
+    first = [index for step in steps[:3] for _, index in step]
+    assert set(first) == set(indices) and first[25:] == first[:5]
+    assert [{epoch for epoch, _ in step} for step in steps] == [{0}] * 3 + [{1}] * 3
+    assert first != [index for step in steps[3:] for _, index in step]
+
+
+def test_a_batch_is_no_larger_than_the_data():
+    assert [len(step) for step in order(np.arange(3), 32, 2, seed=0)] == [3, 3]
+
+
+def test_the_order_is_a_function_of_seed_and_epoch_and_costs_nothing_ahead():
+    indices = np.arange(7)
+    assert list(order(indices, 2, 9, seed=1)) == list(order(indices, 2, 20, seed=1))[:9]
+    assert list(order(indices, 2, 9, seed=1)) != list(order(indices, 2, 9, seed=2))
+    assert len(list(itertools.islice(order(indices, 2, 10**300, seed=0), 3))) == 3
+
+
+def test_workers_and_a_start_in_the_middle_change_nothing(dataset):
+    plain = batches(dataset)
+    for other in (batches(dataset, num_workers=2), [*plain[:2], *batches(dataset, first_step=2)]):
+        for one, two in zip(plain, other, strict=True):
+            assert torch.equal(one.images_B3HW, two.images_B3HW) and torch.equal(one.indices_B, two.indices_B)
+
+
+def test_an_image_is_augmented_anew_in_every_epoch_and_seed(dataset):
+    first, second = batches(dataset, num_steps=6)[:3], batches(dataset, num_steps=6)[3:]
+    views = [
+        {int(index): image for batch in part for index, image in zip(batch.indices_B, batch.images_B3HW)}
+        for part in (first, second)
+    ]
+    assert any(not torch.equal(views[0][index], views[1][index]) for index in views[0])
+    assert not torch.equal(batches(dataset)[0].images_B3HW, batches(dataset, seed=1)[0].images_B3HW)
+
+
+def test_the_global_generator_is_left_alone(dataset):
+    torch.manual_seed(5)
+    before = torch.get_rng_state()
+    batches(dataset)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize("policy", ["none", "padded_crop", "resized_crop", "auto"])
+def test_every_policy_gives_uint8_images_of_the_size(dataset, policy):
+    (batch,) = batches(dataset, num_steps=1, augment=AugmentConfig(policy=policy))
+    assert batch.images_B3HW.shape == (10, 3, 32, 32) and batch.images_B3HW.dtype == torch.uint8
+    assert torch.equal(batch.labels_B, torch.from_numpy(dataset.labels[batch.indices_B.numpy()]))
+
+
+def test_an_evaluation_sees_every_image_once_in_order(dataset):
+    indices = np.arange(len(dataset.paths))
+    seen = torch.cat([batch.indices_B for batch in eval_batches(dataset, indices, IMAGES, compute())])
+    assert torch.equal(seen, torch.from_numpy(indices))
