@@ -301,9 +301,7 @@ def main() -> None:
             raise KeyboardInterrupt
     except typer.Exit as left:
         code = left.exit_code
-    except typer.Abort:
-        code = _fail("interrupted", 130)
-    except KeyboardInterrupt:
+    except (typer.Abort, KeyboardInterrupt):
         code = _fail("interrupted", 130)
     except BrokenPipeError:  # `tes predict … | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
