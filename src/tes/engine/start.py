@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 import numpy as np
 import torch
 from torch import Tensor, nn
@@ -27,21 +25,24 @@ def probe_head(features_NF: Tensor, labels_N: Tensor, num_classes: int, penalty:
     return solve_head(features_NF, one_hot(labels_N, num_classes), penalty)
 
 
-def out_of_fold_logits(features_NF: Tensor, labels_N: Tensor, num_classes: int, penalty: float) -> Tensor:
+def out_of_fold_logits(
+    features_NF: Tensor, labels_N: Tensor, units_N: np.ndarray, num_classes: int, penalty: float
+) -> Tensor:
     """Return the probe's logits (N, C) for every image from a fit that has not seen it, over 5 folds within classes.
 
-    The basis for finding label errors: a model that was trained on a wrong label will not doubt it.
+    The basis for finding label errors: a model that was trained on a wrong label will not doubt it. Images of one unit
+    (identical, or of one group) share a fold, or a copy in the other folds would vouch for the label.
     """
-    labels = labels_N.numpy()
-    fold = np.empty(len(labels), dtype=int)
-    for label in np.unique(labels):
-        members = np.flatnonzero(labels == label)
-        fold[members] = np.arange(len(members)) % NUM_FOLDS
-    logits_NC = torch.full((len(labels), num_classes), -math.inf)
-    for k in np.unique(fold):
-        held_out, rest = torch.from_numpy(fold == k), torch.from_numpy(fold != k)
-        if not rest.any():
-            return torch.zeros(len(labels), num_classes)
-        head = probe_head(features_NF[rest], labels_N[rest], num_classes, penalty)
-        logits_NC[held_out] = head.logits(features_NF[held_out])
+    fold_of: dict[int, int] = {}
+    for label in range(num_classes):
+        members = units_N[labels_N.numpy() == label].tolist()
+        new = [unit for unit in dict.fromkeys(members) if unit not in fold_of]
+        fold_of |= {unit: number % NUM_FOLDS for number, unit in enumerate(new)}
+    fold_N = torch.tensor([fold_of[unit] for unit in units_N.tolist()])
+    logits_NC = torch.zeros(len(labels_N), num_classes)
+    for fold in range(NUM_FOLDS):
+        held_out = fold_N == fold
+        if held_out.any() and not held_out.all():
+            head = probe_head(features_NF[~held_out], labels_N[~held_out], num_classes, penalty)
+            logits_NC[held_out] = head.logits(features_NF[held_out])
     return logits_NC

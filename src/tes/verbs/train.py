@@ -19,6 +19,7 @@ from tes import console, data, run_writer, text
 from tes.card import model_card
 from tes.config import Config
 from tes.data.dataset import Dataset
+from tes.data.splits import find_units
 from tes.engine.compute import Compute
 from tes.engine.features import compute_features, frozen_features
 from tes.engine.fit import fit
@@ -165,7 +166,8 @@ def out_of_fold(config: Config, backbone: Backbone, dataset: Dataset, compute: C
     indices = dataset.indices("train")
     features_NF = frozen_features(backbone, dataset, indices, compute)
     labels_N = torch.from_numpy(dataset.labels[indices])
-    logits_NC = out_of_fold_logits(features_NF, labels_N, dataset.num_classes, config.optim.head_penalty)
+    units_N = find_units([dataset.sha1s[index] for index in indices], [dataset.groups[index] for index in indices])
+    logits_NC = out_of_fold_logits(features_NF, labels_N, units_N, dataset.num_classes, config.optim.head_penalty)
     return Predictions([dataset.paths[index] for index in indices], labels_N.numpy(), {"vision": logits_NC.numpy()})
 
 

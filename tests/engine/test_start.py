@@ -1,0 +1,54 @@
+"""Starts: what a head begins with, and what models say about images that they have not seen."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from tes.engine.start import out_of_fold_logits, probe_head, random_head
+
+
+def features(num_per_class: int = 10):
+    draw = np.random.default_rng(0)
+    labels = np.repeat(np.arange(3), num_per_class)
+    centres = 3 * draw.normal(size=(3, 8))
+    return torch.from_numpy(centres[labels] + draw.normal(size=(len(labels), 8))).float(), torch.from_numpy(labels)
+
+
+def test_a_random_head_comes_from_its_seed_and_leaves_the_global_generator_alone():
+    before = torch.get_rng_state()
+    one, same, other = random_head(8, 3, 0), random_head(8, 3, 0), random_head(8, 3, 1)
+    assert torch.equal(one.weight_CF, same.weight_CF) and not torch.equal(one.weight_CF, other.weight_CF)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_a_probe_fits_the_features_it_was_solved_on():
+    x, labels = features()
+    assert (probe_head(x, labels, 3, 0.3).logits(x).argmax(dim=1) == labels).all()
+
+
+def test_a_wrong_label_is_doubted_by_models_that_have_not_seen_it():
+    x, labels = features(30)
+    planted = labels.clone()
+    planted[0] = 2
+    logits = out_of_fold_logits(x, planted, np.arange(len(x)), 3, 0.3)
+    assert logits[0].argmax() == 0
+    assert (logits.argmax(dim=1) == labels).float().mean() > 0.9
+
+
+def test_copies_of_an_image_share_a_fold_so_that_none_vouches_for_another():
+    x, labels = features()
+    copies = [0, 1, 2, 3, 4]
+    x[copies] = 30 * torch.ones(8)  # an image like no other, five times, with a label of its own making
+    units = np.arange(len(x))
+    apart = out_of_fold_logits(x, labels, units, 3, 0.3)
+    units[copies] = 0
+    together = out_of_fold_logits(x, labels, units, 3, 0.3)
+    assert (apart[copies].argmax(dim=1) == 0).all()
+    own = together[copies].softmax(dim=1)[:, 0]
+    assert (own < apart[copies].softmax(dim=1)[:, 0]).all()
+
+
+def test_a_single_fold_says_nothing_rather_than_something_learnt_from_the_image():
+    x, labels = features(1)
+    assert torch.equal(out_of_fold_logits(x, labels, np.arange(3), 3, 0.3), torch.zeros(3, 3))
