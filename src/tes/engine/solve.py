@@ -21,7 +21,8 @@ from tes.objectives.base import soft_cross_entropy
 
 SCALE = 20.0
 MAX_ITERATIONS = 1000
-GRADIENT_TOLERANCE = 1e-7
+GRADIENT_TOLERANCE = 1e-6
+"""Largest entry of the gradient at the solution; ten times as much moves the NLL of a test split by less than 0.001."""
 
 
 @dataclass(frozen=True)
@@ -60,13 +61,16 @@ class Standardizer:
         return LinearHead(folded_CF.float(), (bias_C - folded_CF @ self.mean_F).float())
 
 
-def solve_head(features_NF: Tensor, reference_NC: Tensor, penalty: float) -> LinearHead:
+def solve_head(
+    features_NF: Tensor, reference_NC: Tensor, penalty: float, tolerance: float = GRADIENT_TOLERANCE
+) -> LinearHead:
     """Return the head that minimises the problem above.
 
     Args:
         features_NF: Pooled features that do not move.
         reference_NC: The distribution per image that the head is fitted to: one-hot labels, or softer.
         penalty: `optim.head_penalty`.
+        tolerance: Largest entry of the gradient to stop at.
 
     Raises:
         TrainingError: A setting is so extreme that the solution is not finite.
@@ -78,7 +82,7 @@ def solve_head(features_NF: Tensor, reference_NC: Tensor, penalty: float) -> Lin
         # The penalty keeps every row of V within the span of the images: with few of them, solve in that small space.
         basis_FK, _ = torch.linalg.qr(x_NF.T)
         x_NF = x_NF @ basis_FK
-    weight_CK, bias_C = _minimise(x_NF, reference_NC.to(x_NF.dtype), penalty)
+    weight_CK, bias_C = _minimise(x_NF, reference_NC.to(x_NF.dtype), penalty, tolerance)
     weight_CF = weight_CK if basis_FK is None else weight_CK @ basis_FK.T
     head = standardize.fold(weight_CF, bias_C)
     if not (head.weight_CF.isfinite().all() and head.bias_C.isfinite().all()):
@@ -89,7 +93,7 @@ def solve_head(features_NF: Tensor, reference_NC: Tensor, penalty: float) -> Lin
     return head
 
 
-def _minimise(x_NK: Tensor, reference_NC: Tensor, penalty: float) -> tuple[Tensor, Tensor]:
+def _minimise(x_NK: Tensor, reference_NC: Tensor, penalty: float, tolerance: float) -> tuple[Tensor, Tensor]:
     num_images, num_inputs = x_NK.shape
     weight_CK = x_NK.new_zeros(reference_NC.shape[1], num_inputs, requires_grad=True)
     bias_C = x_NK.new_zeros(reference_NC.shape[1], requires_grad=True)
@@ -97,7 +101,7 @@ def _minimise(x_NK: Tensor, reference_NC: Tensor, penalty: float) -> tuple[Tenso
         [weight_CK, bias_C],
         max_iter=MAX_ITERATIONS,
         history_size=20,
-        tolerance_grad=GRADIENT_TOLERANCE,
+        tolerance_grad=tolerance,
         tolerance_change=0,
         line_search_fn="strong_wolfe",
     )
