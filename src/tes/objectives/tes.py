@@ -37,7 +37,7 @@ class TextSupervisedConfig(ObjectiveConfig):
 
     name: Literal["tes"] = "tes"
     text_target_weight: Annotated[float, Field(ge=0, le=1)] = Field(
-        0.5, description="λ_V: weight of softmax(t) in the target"
+        0.2, description="λ_V: weight of softmax(t) in the target"
     )
     text_loss_weight: Annotated[float, Field(ge=0)] = Field(1.0, description="λ_T: weight of CE(t, y)")
     temperature: Annotated[float, Field(gt=0)] = Field(0.1, description="τ: divides the cosines to the class texts")
