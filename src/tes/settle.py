@@ -16,7 +16,7 @@ from tes.objectives.base import Objective
 
 NUM_EPOCHS = 20
 # A solved head has large weights, and its first gradients are large too: AdamW's steps do not depend on their size,
-# where SGD from the same start diverged within ten steps (LOG.md, 2026-11-24). Transformers want a tenth, as is usual.
+# where SGD at 0.01 from the same start diverged within ten steps (LOG.md, 2026-11-24). Transformers get less by custom.
 LEARNING_RATE = {
     "adamw": {"conv": 1e-4, "depthwise": 1e-4, "transformer": 3e-5},
     "sgd": {"conv": 1e-3, "depthwise": 1e-3, "transformer": 1e-3},
@@ -62,8 +62,10 @@ def settle(config: Config, dataset: Dataset, backbone: Backbone, objective_class
 
     device = decide("device", *resolve_device(config.device))
     precision, memory_format, why = resolve_precision(config.precision, config.memory_format, device, backbone.family)
-    decide("precision", precision, why)
-    decide("memory_format", memory_format, why)
+    if config.precision == "auto":
+        decide("precision", precision, why)
+    if config.memory_format == "auto":
+        decide("memory_format", memory_format, why)
     num_workers = decide("num_workers", *resolve_workers(config.num_workers, device))
     for key, why in backbone.origin.items():
         decide(f"image.{key}", getattr(backbone.images, key), why)
