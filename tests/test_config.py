@@ -67,7 +67,7 @@ def test_an_explicit_start_is_part_of_the_arms_name():
         ({}, ["seed.x=3"], "`seed`"),
         ({"data.shots": 2, "data.fraction": 0.5}, [], "give one of them"),
         ({"data.shots": "five"}, [], "`data.shots`"),
-        ({"data.shots": 0}, [], "`data.shots`"),
+        ({"data.shots": -1}, [], "`data.shots`"),
         ({"optim.num_epochs": 2}, ["optim.num_steps=3"], "give one of them"),
         ({}, ["optim.accumulate=3"], "does not divide"),
         ({}, ["backbone.kwargs.checkpoint_path=/x"], "`backbone.checkpoint`"),

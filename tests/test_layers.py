@@ -19,6 +19,7 @@ ROOMS = [
     {"objectives"},
     {"engine"},
     {"run", "run_writer", "card", "settle"},
+    {"job"},
     {"verbs"},
     {"catalogue"},
     {"cli", "__main__", "__init__"},

@@ -35,7 +35,9 @@ class DataConfig(Settings):
     source: str = Field(description="a folder of class folders, or a CSV with the columns path,label[,split][,group]")
     classes: str | None = Field(None, description="JSON, YAML or CSV with names, descriptions or prompts per class")
     only_classes: tuple[str, ...] | None = Field(None, description="keep these classes alone")
-    shots: Annotated[int, Field(ge=1)] | None = Field(None, description="training images per class; None: all")
+    shots: Annotated[int, Field(ge=0)] | None = Field(
+        None, description="training images per class; None: all; 0: none, a zero-shot model from the text prior"
+    )
     fraction: Fraction | None = Field(None, description="share of each class's training images to use")
     split_seed: int = Field(0, description="fixes the test and val images that are carved from train")
     max_unreadable: Annotated[int, Field(ge=0)] | None = Field(
@@ -89,6 +91,18 @@ class TextConfig(Settings):
     mix: bool = Field(
         False, description="average descriptions and templates, where otherwise descriptions replace them"
     )
+
+
+class PriorConfig(Settings):
+    """The text prior: rows for the classes predicted from their names by way of the source head (engine/prior.py)."""
+
+    form: Literal["joint", "per_class"] = Field(
+        "joint", description="one trust for all classes, or one per class around a common one"
+    )
+    kappa: Annotated[float, Field(gt=0)] = Field(0.1, description="κ: what trust costs")
+    gamma: Annotated[float, Field(gt=0)] = Field(5.0, description="γ: how fast a source name's say falls off")
+    rho: Annotated[float, Field(gt=0)] = Field(0.03, description="ρ: the ridge of the regression from text to rows")
+    zero_shot_trust: Annotated[float, Field(gt=0)] = Field(1.0, description="the trust α where there is no image")
 
 
 class ObjectiveConfig(Settings):
@@ -160,6 +174,10 @@ class AugmentConfig(Settings):
     flip: bool = Field(True, description="mirror half of the images; switch it off where left and right differ")
 
 
+PRIOR_STARTS = ("prior", "probe+prior", "probe+lookup", "probe+permuted")
+"""The starts that use the text prior; the last two are controls that a comparison holds against it."""
+
+
 class Config(Settings):
     """One run, whole."""
 
@@ -167,9 +185,12 @@ class Config(Settings):
     objective: SerializeAsAny[ObjectiveConfig]
     backbone: BackboneConfig = BackboneConfig()
     text: TextConfig = TextConfig()
-    start: Literal["auto", "random", "probe"] | None = Field(
-        None, description="what the vision head starts from; None: auto for tes, probe for every other objective"
+    start: Literal["auto", "random", "probe", "prior", "probe+prior", "probe+lookup", "probe+permuted"] | None = Field(
+        None,
+        description="what the vision head starts from: auto is probe+prior where a text prior is possible, else probe;"
+        " None: auto for tes, probe for every other objective",
     )
+    prior: PriorConfig = PriorConfig()
     train: Literal["auto", "head", "all"] = Field("auto", description="auto: all on an accelerator, else head")
     optim: OptimConfig = OptimConfig()
     image: ImageConfig = ImageConfig()

@@ -7,6 +7,7 @@ import io
 import os
 import platform
 import sys
+from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -28,20 +29,18 @@ from tes.models.image_settings import ImageSettings
 from tes.predictions import Predictions
 from tes.run import FORMAT
 from tes.text.classifier import TextClassifier
+from tes.text.vocabulary import NearestSource
 
 MAX_THUMBNAILS = 200
 THUMBNAIL_SIDE = 96
 PACKAGES = ("tes-vision", "torch", "torchvision", "timm", "transformers", "safetensors", "numpy", "pillow", "pydantic")
 
 
-def write_inputs(
-    folder: Path, config: Config, dataset: Dataset, text: TextClassifier | None, images: ImageSettings
-) -> None:
-    """Write what the run is about to learn from: settings, machine, classes, splits, thumbnails."""
+def write_inputs(folder: Path, config: Config, dataset: Dataset, images: ImageSettings) -> None:
+    """Write what the run is about to learn from: settings, machine, splits, thumbnails."""
     write_atomic(folder / "config.yaml", config.to_yaml())
     write_json(folder / "env.json", environment())
     write_json(folder / "preprocess.json", images.to_dict())
-    write_json(folder / "classes.json", {"format": FORMAT, "classes": _class_rows(dataset, text)})
     out = io.StringIO()
     table = csv.writer(out, lineterminator="\n")
     table.writerow(["path", "label", "split", "group", "sha1"])
@@ -52,6 +51,28 @@ def write_inputs(
         table.writerow([path, labels[label], split, group or "", sha1])
     write_atomic(folder / "splits.csv", out.getvalue())
     _write_thumbnails(folder / "thumbnails", dataset)
+
+
+def write_classes(
+    folder: Path,
+    dataset: Dataset,
+    text: TextClassifier | None,
+    sources: Sequence[NearestSource] | None = None,
+    trust_C: Tensor | None = None,
+) -> None:
+    """Write what the classes are called, what stands for them, and, of a text prior, its source and the trust in it."""
+    rows = []
+    for index, info in enumerate(dataset.classes):
+        row: dict[str, Any] = {"class": info.label, "name": info.name}
+        row["prompts"] = list(text.prompts[index]) if text is not None else []
+        if info.coarse is not None:
+            row["coarse"] = info.coarse
+        if sources is not None:
+            row["source"] = {"name": sources[index].name, "cosine": round(sources[index].cosine, 4)}
+        if trust_C is not None:
+            row["trust"] = round(trust_C[index].item(), 6)
+        rows.append(row)
+    write_json(folder / "classes.json", {"format": FORMAT, "classes": rows})
 
 
 def write_predictions(folder: Path, split: str, predictions: Predictions, dataset: Dataset) -> dict[str, Any]:
@@ -84,7 +105,7 @@ def write_model(folder: Path, fitted: Fitted, text: TextClassifier | None) -> No
     model = {f"backbone.{name}": tensor for name, tensor in learner.backbone.network.state_dict().items()}
     head = learner.linear_head()
     _save_tensors(folder / "model.safetensors", model | {"head.weight": head.weight_CF, "head.bias": head.bias_C})
-    write_head(folder / "start_head.safetensors", fitted.start_head)
+    write_head(folder / "start_head.safetensors", fitted.start.head)
     text_head = getattr(learner.objective, "text_head", None)
     if text_head is not None and text is not None:
         centre_D = None if text.centre is None else torch.from_numpy(text.centre)
@@ -115,17 +136,6 @@ def environment() -> dict[str, Any]:
         "num_threads": torch.get_num_threads(),
         "packages": versions,
     }
-
-
-def _class_rows(dataset: Dataset, text: TextClassifier | None) -> list[dict[str, Any]]:
-    rows = []
-    for index, info in enumerate(dataset.classes):
-        row: dict[str, Any] = {"class": info.label, "name": info.name}
-        row["prompts"] = list(text.prompts[index]) if text is not None else []
-        if info.coarse is not None:
-            row["coarse"] = info.coarse
-        rows.append(row)
-    return rows
 
 
 def _save_tensors(path: Path, tensors: dict[str, Tensor]) -> None:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from tes.config import Config
+from tes.config import PRIOR_STARTS, Config, TextConfig
 from tes.data.dataset import Dataset
 from tes.engine.compute import Compute, resolve_device, resolve_workers
 from tes.engine.loader import steps_per_epoch
@@ -13,6 +14,7 @@ from tes.errors import ConfigError
 from tes.models.backbone import Backbone
 from tes.models.precision import resolve_precision
 from tes.objectives.base import Objective
+from tes.text.vocabulary import SourceText
 
 NUM_EPOCHS = 20
 # A solved head has large weights, and its first gradients are large too: AdamW's steps do not depend on their size,
@@ -38,6 +40,11 @@ def check_needs(config: Config, objective_class: type[Objective]) -> None:
     Raises:
         ConfigError: The objective, the start and what is trained do not go together.
     """
+    if config.data.shots == 0:
+        if config.train == "all":
+            raise ConfigError("0 shots leave nothing to train on: with `--shots 0` leave `--train all` out.")
+        if config.start not in (None, "auto", *PRIOR_STARTS):
+            raise ConfigError(f"0 shots need a text prior, and `start: {config.start}` has none; use --start prior.")
     if config.train != "head":
         return
     if config.start == "random":
@@ -49,8 +56,26 @@ def check_needs(config: Config, objective_class: type[Objective]) -> None:
         raise ConfigError(f"The objective `{config.objective.name}` trains the backbone; use it with `--train all`.")
 
 
-def settle(config: Config, dataset: Dataset, backbone: Backbone, objective_class: type[Objective]) -> Settled:
-    """Decide device, arithmetic, image settings, what is trained, the start, the refit and the optimiser's budget."""
+def settle(
+    config: Config,
+    dataset: Dataset,
+    backbone: Backbone,
+    objective_class: type[Objective],
+    source_text: Callable[[TextConfig], SourceText | str],
+) -> Settled:
+    """Decide device, arithmetic, image settings, what is trained, the start, the refit and the optimiser's budget.
+
+    Args:
+        config: As the user left it.
+        dataset: With its draw.
+        backbone: Loaded.
+        objective_class: Of `config.objective`.
+        source_text: Returns the source classes' rows, or why a text prior is not possible; asked only where a start
+            wants to know.
+
+    Raises:
+        ConfigError: The user asked for a text prior where there can be none, or for 0 shots without one.
+    """
     values: dict[str, Any] = {}
     reasons: list[str] = []
 
@@ -73,12 +98,12 @@ def settle(config: Config, dataset: Dataset, backbone: Backbone, objective_class
         decide("text.centre", True, "class names crowd in a narrow cone")
 
     train = config.train
-    if train == "auto":
+    if train == "auto" and config.data.shots == 0:
+        train = decide("train", "head", "0 shots: nothing moves the backbone")
+    elif train == "auto":
         train = "head" if device == "cpu" else "all"
         decide("train", train, "no accelerator" if device == "cpu" else f"on {device}")
-    start = config.start or decide("start", objective_class.default_start, f"the default of `{config.objective.name}`")
-    if start == "auto":
-        decide("start", "probe", "auto, and there is no text prior in this version")
+    _settle_start(config, backbone, objective_class, source_text, decide)
     if config.refit == "auto":
         if train == "head" and config.data.shots is None:
             decide("refit", "trainval", "a head at full data: val has served once it has been scored")
@@ -89,6 +114,30 @@ def settle(config: Config, dataset: Dataset, backbone: Backbone, objective_class
     settled = config.replace(values)
     check_needs(settled, objective_class)
     return Settled(settled, Compute(device, precision, memory_format, num_workers), reasons)
+
+
+def _settle_start(
+    config: Config,
+    backbone: Backbone,
+    objective_class: type[Objective],
+    source_text: Callable[[TextConfig], SourceText | str],
+    decide: Any,
+) -> None:
+    start = config.start or objective_class.default_start
+    if start == "auto" or start in PRIOR_STARTS:
+        source = source_text(config.text)
+        if start == "auto" and isinstance(source, SourceText):
+            decide("start", "probe+prior", f"`{backbone.name}` has a classifier of {len(source.names)} named classes")
+        elif start == "auto":
+            decide("start", "probe", f"no text prior: {source}")
+            if config.data.shots == 0:
+                raise ConfigError(f"0 shots need a text prior, and there can be none: {source}.")
+        elif isinstance(source, str):
+            raise ConfigError(f"`start: {start}` is not possible: {source}; use --start probe.")
+    elif config.start is None:
+        decide("start", start, f"the default of `{config.objective.name}`")
+        if config.data.shots == 0:
+            raise ConfigError("0 shots need a text prior; add --start prior.")
 
 
 def _settle_optimiser(config: Config, family: str, num_images: int, decide: Any) -> None:

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from tes.engine.solve import SCALE, Standardizer, solve_head
+from tes.engine.solve import SCALE, HeadProblem, Standardizer
 
 
 def problem(num_images: int, num_features: int, num_classes: int, seed: int = 0):
@@ -22,7 +22,7 @@ def problem(num_images: int, num_features: int, num_classes: int, seed: int = 0)
 def test_the_gradient_of_the_stated_problem_vanishes_at_the_solution(shape):
     features, soft = problem(*shape)
     penalty = 0.3
-    head = solve_head(features, soft, penalty)
+    head = HeadProblem(penalty).solve(features, soft).head
     # Undo the folding, and take the gradient of (1/N) Σ CE + (penalty/N) ‖V‖² in NumPy.
     x = features.double().numpy()
     mean = x.mean(axis=0)
@@ -42,7 +42,8 @@ def test_hard_targets_agree_with_scikit_learn():
     linear_model = pytest.importorskip("sklearn.linear_model")
     features, _ = problem(80, 6, 4)
     labels = np.arange(80) % 4
-    head = solve_head(features, torch.nn.functional.one_hot(torch.from_numpy(labels), 4).double(), penalty=0.3)
+    target = torch.nn.functional.one_hot(torch.from_numpy(labels), 4).double()
+    head = HeadProblem(0.3).solve(features, target).head
     x = Standardizer.fit(features)(features).numpy()
     # scikit-learn minimises C Σ CE + ½ ‖V‖²: C = 1 / (2 · penalty).
     other = linear_model.LogisticRegression(C=1 / 0.6, tol=1e-10, max_iter=10000).fit(x, labels)
@@ -62,5 +63,5 @@ def test_the_folded_head_gives_the_logits_of_the_unfolded_one():
 
 def test_the_same_problem_gives_the_same_bytes():
     features, soft = problem(30, 50, 4)
-    first, second = solve_head(features, soft, 0.3), solve_head(features, soft, 0.3)
+    first, second = (HeadProblem(0.3).solve(features, soft).head for _ in range(2))
     assert torch.equal(first.weight_CF, second.weight_CF) and torch.equal(first.bias_C, second.bias_C)

@@ -5,7 +5,10 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from tes.engine.start import out_of_fold_logits, probe_head, random_head
+from tes.engine.solve import HeadProblem
+from tes.engine.start import out_of_fold_logits, random_head
+
+PROBE = HeadProblem(0.3)
 
 
 def features(num_per_class: int = 10):
@@ -24,14 +27,15 @@ def test_a_random_head_comes_from_its_seed_and_leaves_the_global_generator_alone
 
 def test_a_probe_fits_the_features_it_was_solved_on():
     x, labels = features()
-    assert (probe_head(x, labels, 3, 0.3).logits(x).argmax(dim=1) == labels).all()
+    target = torch.nn.functional.one_hot(labels, 3)
+    assert (PROBE.solve(x, target).head.logits(x).argmax(dim=1) == labels).all()
 
 
 def test_a_wrong_label_is_doubted_by_models_that_have_not_seen_it():
     x, labels = features(30)
     planted = labels.clone()
     planted[0] = 2
-    logits = out_of_fold_logits(x, planted, np.arange(len(x)), 3, 0.3)
+    logits = out_of_fold_logits(PROBE, x, planted, np.arange(len(x)), 3)
     assert logits[0].argmax() == 0
     assert (logits.argmax(dim=1) == labels).float().mean() > 0.9
 
@@ -41,9 +45,9 @@ def test_copies_of_an_image_share_a_fold_so_that_none_vouches_for_another():
     copies = [0, 1, 2, 3, 4]
     x[copies] = 30 * torch.ones(8)  # an image like no other, five times, with a label of its own making
     units = np.arange(len(x))
-    apart = out_of_fold_logits(x, labels, units, 3, 0.3)
+    apart = out_of_fold_logits(PROBE, x, labels, units, 3)
     units[copies] = 0
-    together = out_of_fold_logits(x, labels, units, 3, 0.3)
+    together = out_of_fold_logits(PROBE, x, labels, units, 3)
     assert (apart[copies].argmax(dim=1) == 0).all()
     own = together[copies].softmax(dim=1)[:, 0]
     assert (own < apart[copies].softmax(dim=1)[:, 0]).all()
@@ -51,4 +55,4 @@ def test_copies_of_an_image_share_a_fold_so_that_none_vouches_for_another():
 
 def test_a_single_fold_says_nothing_rather_than_something_learnt_from_the_image():
     x, labels = features(1)
-    assert torch.equal(out_of_fold_logits(x, labels, np.arange(3), 3, 0.3), torch.zeros(3, 3))
+    assert torch.equal(out_of_fold_logits(PROBE, x, labels, np.arange(3), 3), torch.zeros(3, 3))

@@ -118,13 +118,8 @@ def draw_shots(
     The draw is nested: k shots are among 2k. No unit is in both parts, and a class's copies of one image come last.
 
     Raises:
-        DataError: k is no number of images, or a class has fewer.
+        DataError: A class has fewer than k.
     """
-    if num_shots < 1:
-        raise DataError(
-            f"{num_shots} shots leave nothing to train on; zero-shot needs a text prior, which this version does not"
-            " have, so give --shots 1 or more."
-        )
     units = find_units(sha1s, groups)
     queues = _queues(labels, sha1s, units, np.isin(splits, ("train", "val")), seed)
     short = {label: len(queue) for label, queue in queues.items() if len(queue) < num_shots}

@@ -24,23 +24,42 @@ SHARD = 2048
 """Images between two writes to disk: what an interruption can cost."""
 
 
-def frozen_features(backbone: Backbone, dataset: Dataset, indices: np.ndarray, compute: Compute) -> Tensor:
-    """Return features (N, F), float32 on the CPU, of the images `indices` under a backbone that is not trained."""
-    store = _Store(backbone, compute)
-    known = store.read({dataset.sha1s[index] for index in indices})
-    missing = list({dataset.sha1s[index]: index for index in indices if dataset.sha1s[index] not in known}.values())
-    if known and missing:
-        console.note(f"features: {len(indices) - len(missing)} of {len(indices)} found in the cache")
-    for start in range(0, len(missing), SHARD):
-        part = np.array(missing[start : start + SHARD])
-        label = f"features ({start + len(part)}/{len(missing)})" if len(missing) > SHARD else "features"
-        rows = compute_features(backbone, dataset, part, compute, label)
-        keys = [dataset.sha1s[index] for index in part]
-        store.write(keys, rows.numpy())
-        known.update(zip(keys, rows.numpy()))
-    if not len(indices):
-        return torch.zeros(0, backbone.num_features)
-    return torch.from_numpy(np.stack([known[dataset.sha1s[index]] for index in indices]))
+class FrozenFeatures:
+    """Pooled features of a data set under a backbone that is not trained: each image is run once, whatever asks for it.
+
+    Rows stay in memory, so that the many fits of a comparison do not read the disk again; a draw of shots or a split
+    moves no row.
+    """
+
+    def __init__(self, backbone: Backbone, dataset: Dataset, compute: Compute) -> None:
+        self.backbone, self.dataset, self.compute = backbone, dataset, compute
+        self._store = _Store(backbone, compute)
+        self._rows_NF = torch.zeros(len(dataset.paths), backbone.num_features)
+        self._is_known_N = np.zeros(len(dataset.paths), dtype=bool)
+
+    def __call__(self, indices: np.ndarray) -> Tensor:
+        """Return features (n, F), float32 on the CPU, of the images `indices`."""
+        missing = indices[~self._is_known_N[indices]]
+        if len(missing):
+            self._fetch(missing)
+        return self._rows_NF[torch.from_numpy(indices)]
+
+    def _fetch(self, indices: np.ndarray) -> None:
+        sha1s = self.dataset.sha1s
+        known = self._store.read({sha1s[index] for index in indices})
+        missing = list({sha1s[index]: index for index in indices if sha1s[index] not in known}.values())
+        if known and missing:
+            console.note(f"features: {len(indices) - len(missing)} of {len(indices)} found in the cache")
+        for start in range(0, len(missing), SHARD):
+            part = np.array(missing[start : start + SHARD])
+            label = f"features ({start + len(part)}/{len(missing)})" if len(missing) > SHARD else "features"
+            rows = compute_features(self.backbone, self.dataset, part, self.compute, label).numpy()
+            keys = [sha1s[index] for index in part]
+            self._store.write(keys, rows)
+            known.update(zip(keys, rows))
+        for index in indices.tolist():
+            self._rows_NF[index] = torch.from_numpy(known[sha1s[index]])
+        self._is_known_N[indices] = True
 
 
 def compute_features(

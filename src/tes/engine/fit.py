@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import math
-from collections.abc import Callable
+from collections.abc import Callable, MutableMapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,36 +13,58 @@ import torch
 from torch import Tensor
 
 from tes import console
-from tes.config import Config
+from tes.config import PRIOR_STARTS, Config
 from tes.data.dataset import Dataset
 from tes.engine import loop
-from tes.engine.compute import Compute, seed_everything
-from tes.engine.features import frozen_features
+from tes.engine.compute import seed_everything
+from tes.engine.features import FrozenFeatures
 from tes.engine.learner import Learner, one_hot
 from tes.engine.loader import steps_per_epoch, train_batches
-from tes.engine.solve import LinearHead, solve_head
-from tes.engine.start import probe_head, random_head
-from tes.models.backbone import Backbone
+from tes.engine.solve import HeadProblem, Prior, Solution
+from tes.engine.start import random_head
 from tes.objectives import objectives
 from tes.objectives.base import Objective, ObjectiveContext
 
 
 @dataclass(frozen=True)
+class Given:
+    """What a fit builds on: all of it is read, none of it changed, so that many fits can share it.
+
+    Attributes:
+        dataset: With its draw.
+        features: Of its images under the pre-trained backbone, which it holds.
+        class_text_CD: The text classifier's rows, for objectives that need them.
+        prior: The text prior, for starts that use it.
+        store: What one arm of a comparison has solved and another can use (`ObjectiveContext.store`).
+    """
+
+    dataset: Dataset
+    features: FrozenFeatures
+    class_text_CD: Tensor | None = None
+    prior: Prior | None = None
+    store: MutableMapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
 class Fitted:
-    """A trained learner, the head that it started from, and what the objective reported on the way."""
+    """A trained learner, the start it came from, what is shipped as trust in the prior, and figures from the way."""
 
     learner: Learner
-    start_head: LinearHead
+    start: Solution
+    trust_C: Tensor | None = None
     figures: dict[str, float] = field(default_factory=dict)
+
+
+def head_problem(config: Config, prior: Prior | None) -> HeadProblem:
+    """Return the convex problem that `start` names."""
+    used = prior if config.start in PRIOR_STARTS else None
+    return HeadProblem(config.optim.head_penalty, used, corrects=config.start != "prior")
 
 
 def fit(
     config: Config,
-    backbone: Backbone,
-    dataset: Dataset,
+    given: Given,
     indices: np.ndarray,
-    class_text_CD: Tensor | None,
-    compute: Compute,
     *,
     log: Callable[[dict[str, Any]], None] = lambda row: None,
     evaluate: Callable[[Learner], dict[str, Any]] | None = None,
@@ -51,51 +74,69 @@ def fit(
 
     Args:
         config: Settled settings.
-        backbone: Changed in place with `train: all`, left alone with `train: head`.
-        dataset: Where the images are.
-        indices: Which of them to train on.
-        class_text_CD: The text classifier's rows, for objectives that need them.
-        compute: Device and arithmetic.
+        given: Data, features, text, prior. The backbone is copied before it is trained.
+        indices: Which images to train on; none at 0 shots.
         log: Called with rows for metrics.jsonl.
         evaluate: Scores the learner as it stands; called `num_evaluations` times over a training of the whole network.
         num_evaluations: How often.
     """
     seed_everything(config.seed)
-    labels_N = torch.from_numpy(dataset.labels[indices])
+    dataset, compute = given.dataset, given.features.compute
+    backbone = given.features.backbone
     num_classes, num_features = dataset.num_classes, backbone.num_features
+    problem = head_problem(config, given.prior)
+    if not len(indices):
+        start = problem.without_labels(given.features(np.flatnonzero(dataset.splits != "test")))
+        objective = objectives.get("ce")(objectives.get("ce").Config())  # no label, so nothing for an objective to do
+        learner = Learner(backbone, start.head, objective, compute)
+        compute.place(learner)
+        return Fitted(learner, start, start.trust_C)
+    features_NF = target_NC = None
     if config.start == "random":
-        features_NF = target_NC = None
-        head = random_head(num_features, num_classes, config.seed)
+        start = Solution(random_head(num_features, num_classes, config.seed))
     else:
-        features_NF = frozen_features(backbone, dataset, indices, compute)
-        head = probe_head(features_NF, labels_N, num_classes, config.optim.head_penalty)
-        features_NF = features_NF.to(compute.device)
-        target_NC = one_hot(labels_N, num_classes).to(compute.device)
+        target_NC = one_hot(torch.from_numpy(dataset.labels[indices]), num_classes)
+        features_NF = given.features(indices)
+        start = problem.solve(features_NF, target_NC)
+        features_NF, target_NC = features_NF.to(compute.device), target_NC.to(compute.device)
     objective: Objective = objectives.get(config.objective.name)(config.objective)
     objective.setup(
         ObjectiveContext(
-            num_features, num_classes, config.seed, class_text_CD, backbone.source_head, features_NF, target_NC
+            num_features,
+            num_classes,
+            config.seed,
+            given.class_text_CD,
+            backbone.source_head,
+            features_NF,
+            target_NC,
+            given.store,
         )
     )
-    learner = Learner(backbone, head, objective, compute)
-    compute.place(learner)
     if config.train == "head":
         assert features_NF is not None and target_NC is not None, "check_needs() refuses a random start here"
-        figures = _solve(learner, features_NF, target_NC, config.optim.head_penalty)
-    else:
-        figures = {} if features_NF is None else objective.warm_start(features_NF, target_NC)
-        _step(learner, config, dataset, indices, log, evaluate, num_evaluations)
-    return Fitted(learner, head, figures)
+        learner = Learner(backbone, start.head, objective, compute)
+        compute.place(learner)
+        figures, solution = _solve(learner, problem, start, features_NF, target_NC)
+        return Fitted(learner, start, solution.trust_C, figures)
+    learner = Learner(copy.deepcopy(backbone), start.head, objective, compute)
+    compute.place(learner)
+    figures = {} if features_NF is None else objective.warm_start(features_NF, target_NC)
+    _step(learner, config, dataset, indices, log, evaluate, num_evaluations)
+    return Fitted(learner, start, start.trust_C, figures)
 
 
-def _solve(learner: Learner, features_NF: Tensor, target_NC: Tensor, penalty: float) -> dict[str, float]:
+def _solve(
+    learner: Learner, problem: HeadProblem, start: Solution, features_NF: Tensor, target_NC: Tensor
+) -> tuple[dict[str, float], Solution]:
     """Fit the objective's own parameters, then solve the head for the reference that they give."""
     figures = learner.objective.fit_features(features_NF, target_NC)
     learner.eval()
     with torch.no_grad():
         reference_NC = learner.objective.reference(learner.output(features_NF), target_NC)
-    learner.set_head(solve_head(features_NF, reference_NC, penalty))
-    return figures
+    # The start is this very problem with the labels as reference.
+    solution = start if torch.equal(reference_NC, target_NC) else problem.solve(features_NF, reference_NC)
+    learner.set_head(solution.head)
+    return figures, solution
 
 
 def _step(

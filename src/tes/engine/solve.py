@@ -1,23 +1,26 @@
 """The head as a convex problem on fixed features, solved to convergence.
 
 Features are centred and scaled, x̃ = 20 (f - μ) / r, with μ their mean and r the mean of ‖f - μ‖, so that one penalty
-suits every backbone. Then
+suits every backbone. Logits are x̃ W̃ᵀ + b with W̃ = V, or, with a text prior P (prior.py), W̃_c = α_c P_c + V_c, where the
+trust α is learned together with the head:
 
-    min over V, b:   (1/N) Σ CE(V x̃ + b, q)  +  (penalty/N) ‖V‖²
+    probe         min over V, b:       (1/N) Σ CE + (penalty/N) ‖V‖²
+    joint         min over α, V, b:    (1/N) Σ CE + (penalty/N) (‖V‖² + κ C α²)                       one α for all
+    per_class     α_c = ᾱ + a_c:       (1/N) Σ CE + (penalty/N) (‖V‖² + κ Σ_c a_c² + κ C ᾱ²)
 
-and the solution is folded into a plain linear layer on the pooled feature: W = 20 V / r, b' = b - W μ.
-Shapes: N images, F features, C classes.
+The solution is folded into a plain linear layer on the pooled feature: W = 20 W̃ / r, b' = b - W μ.
+Shapes: N images, F features, C classes, K coordinates of the images.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from tes.errors import TrainingError
-from tes.objectives.base import soft_cross_entropy
 
 SCALE = 20.0
 MAX_ITERATIONS = 1000
@@ -61,58 +64,141 @@ class Standardizer:
         return LinearHead(folded_CF.float(), (bias_C - folded_CF @ self.mean_F).float())
 
 
-def solve_head(
-    features_NF: Tensor, reference_NC: Tensor, penalty: float, tolerance: float = GRADIENT_TOLERANCE
-) -> LinearHead:
-    """Return the head that minimises the problem above.
+@dataclass(frozen=True)
+class Prior:
+    """A guess P (C, F) at the rows of W̃, float64 with rows of norm 1 (or 0), and how trust in it is learned."""
 
-    Args:
-        features_NF: Pooled features that do not move.
-        reference_NC: The distribution per image that the head is fitted to: one-hot labels, or softer.
+    rows_CF: Tensor
+    form: str = "joint"
+    kappa: float = 0.1
+    zero_shot_trust: float = 1.0
+
+
+@dataclass(frozen=True)
+class Solution:
+    """A solved head, and the trust α_c (C,) in the prior's rows; None without a prior."""
+
+    head: LinearHead
+    trust_C: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class HeadProblem:
+    """One of the problems above.
+
+    Attributes:
         penalty: `optim.head_penalty`.
-        tolerance: Largest entry of the gradient to stop at.
-
-    Raises:
-        TrainingError: A setting is so extreme that the solution is not finite.
+        prior: P and the form; None: a probe.
+        corrects: Whether V is solved for; without it the images only set α and b.
     """
-    standardize = Standardizer.fit(features_NF)
-    x_NF = standardize(features_NF)
-    basis_FK = None
-    if len(x_NF) < x_NF.shape[1]:
-        # The penalty keeps every row of V within the span of the images: with few of them, solve in that small space.
-        basis_FK, _ = torch.linalg.qr(x_NF.T)
-        x_NF = x_NF @ basis_FK
-    weight_CK, bias_C = _minimise(x_NF, reference_NC.to(x_NF.dtype), penalty, tolerance)
-    weight_CF = weight_CK if basis_FK is None else weight_CK @ basis_FK.T
-    head = standardize.fold(weight_CF, bias_C)
-    if not (head.weight_CF.isfinite().all() and head.bias_C.isfinite().all()):
-        raise TrainingError(
-            "The head's problem has no finite solution; choose a more usual optim.head_penalty, or settings of the"
-            " objective."
+
+    penalty: float
+    prior: Prior | None = None
+    corrects: bool = True
+
+    def solve(self, features_NF: Tensor, reference_NC: Tensor, tolerance: float = GRADIENT_TOLERANCE) -> Solution:
+        """Return the minimum.
+
+        Args:
+            features_NF: Pooled features that do not move.
+            reference_NC: The distribution per image that the head is fitted to: one-hot labels, or softer.
+            tolerance: Largest entry of the gradient to stop at.
+
+        Raises:
+            TrainingError: A setting is so extreme that the solution is not finite.
+        """
+        standardize = Standardizer.fit(features_NF)
+        x_NF = standardize(features_NF)
+        reference_NC = reference_NC.to(x_NF.dtype)
+        num_features, num_classes = x_NF.shape[1], reference_NC.shape[1]
+        x_NK, basis_FK = _coordinates(x_NF) if self.corrects else (x_NF[:, :0], x_NF.new_zeros(num_features, 0))
+        evidence_NC, prior_CF = None, None
+        if self.prior is not None:
+            prior_CF = self.prior.rows_CF.to(x_NF)
+            evidence_NC = x_NF @ prior_CF.T
+        weight_CK, bias_C, trust_C = self._minimise(x_NK, evidence_NC, reference_NC, tolerance)
+        weight_CF = weight_CK @ basis_FK.T
+        if prior_CF is not None and trust_C is not None:
+            weight_CF = weight_CF + trust_C[:, None] * prior_CF
+        head = standardize.fold(weight_CF, bias_C)
+        if not (head.weight_CF.isfinite().all() and head.bias_C.isfinite().all()):
+            raise TrainingError(
+                f"The head's problem for {num_classes} classes has no finite solution; choose a more usual"
+                " optim.head_penalty, or settings of the objective."
+            )
+        return Solution(head, None if trust_C is None else trust_C.float().cpu())
+
+    def without_labels(self, pool_MF: Tensor) -> Solution:
+        """Return the head at 0 shots: b = 0, α = `zero_shot_trust`, μ and r from unlabelled images (M, F)."""
+        assert self.prior is not None and len(pool_MF), "refused before: nothing to start from"
+        standardize = Standardizer.fit(pool_MF)
+        prior_CF = self.prior.rows_CF.to(standardize.mean_F)
+        trust_C = prior_CF.new_full((len(prior_CF),), self.prior.zero_shot_trust)
+        head = standardize.fold(trust_C[:, None] * prior_CF, torch.zeros_like(trust_C))
+        return Solution(head, trust_C.float().cpu())
+
+    def _minimise(
+        self, x_NK: Tensor, evidence_NC: Tensor | None, reference_NC: Tensor, tolerance: float
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Return V in the images' coordinates, b and α.
+
+        α is solved for in units in which its penalty is that of an entry of V: a parameter with a scale of its own
+        costs L-BFGS iterations.
+        """
+        num_images, num_classes = reference_NC.shape
+        shrink = self.penalty / num_images
+        weight_CK = x_NK.new_zeros(num_classes, x_NK.shape[1], requires_grad=True)
+        bias_C = x_NK.new_zeros(num_classes, requires_grad=True)
+        penalised, parameters = [weight_CK], [weight_CK, bias_C]
+        common = own_C = None
+        if evidence_NC is not None:
+            assert self.prior is not None
+            common = x_NK.new_zeros((), requires_grad=True)
+            penalised, parameters = [*penalised, common], [*parameters, common]
+            if self.prior.form == "per_class":
+                own_C = x_NK.new_zeros(num_classes, requires_grad=True)
+                penalised, parameters = [*penalised, own_C], [*parameters, own_C]
+
+        def trust() -> Tensor | None:
+            if common is None:
+                return None
+            assert self.prior is not None
+            alpha_C = (common / math.sqrt(self.prior.kappa * num_classes)).expand(num_classes)
+            return alpha_C if own_C is None else alpha_C + own_C / math.sqrt(self.prior.kappa)
+
+        optimizer = torch.optim.LBFGS(
+            parameters,
+            max_iter=MAX_ITERATIONS,
+            history_size=20,
+            tolerance_grad=tolerance,
+            tolerance_change=0,
+            line_search_fn="strong_wolfe",
         )
-    return head
+
+        def closure() -> Tensor:
+            optimizer.zero_grad(set_to_none=True)
+            logits_NC = torch.addmm(bias_C, x_NK, weight_CK.T)
+            alpha_C = trust()
+            if alpha_C is not None and evidence_NC is not None:
+                logits_NC = logits_NC + alpha_C * evidence_NC
+            fit = -(reference_NC * logits_NC.log_softmax(dim=1)).sum(dim=1).mean()
+            loss = fit + shrink * sum(parameter.square().sum() for parameter in penalised)
+            loss.backward()
+            return loss
+
+        with torch.enable_grad():
+            optimizer.step(closure)
+        alpha_C = trust()
+        return weight_CK.detach(), bias_C.detach(), None if alpha_C is None else alpha_C.detach().clone()
 
 
-def _minimise(x_NK: Tensor, reference_NC: Tensor, penalty: float, tolerance: float) -> tuple[Tensor, Tensor]:
-    num_images, num_inputs = x_NK.shape
-    weight_CK = x_NK.new_zeros(reference_NC.shape[1], num_inputs, requires_grad=True)
-    bias_C = x_NK.new_zeros(reference_NC.shape[1], requires_grad=True)
-    optimizer = torch.optim.LBFGS(
-        [weight_CK, bias_C],
-        max_iter=MAX_ITERATIONS,
-        history_size=20,
-        tolerance_grad=tolerance,
-        tolerance_change=0,
-        line_search_fn="strong_wolfe",
-    )
+def _coordinates(x_NF: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the images in a smaller basis where they are few, and the basis (F, K).
 
-    def closure() -> Tensor:
-        optimizer.zero_grad(set_to_none=True)
-        logits_NC = torch.addmm(bias_C, x_NK, weight_CK.T)
-        loss = soft_cross_entropy(logits_NC, reference_NC) + penalty / num_images * weight_CK.square().sum()
-        loss.backward()
-        return loss
-
-    with torch.enable_grad():
-        optimizer.step(closure)
-    return weight_CK.detach(), bias_C.detach()
+    The penalty keeps every row of V within the span of the images, so nothing is lost.
+    """
+    num_images, num_features = x_NF.shape
+    if num_images >= num_features:
+        return x_NF, torch.eye(num_features, dtype=x_NF.dtype, device=x_NF.device)
+    basis_FK, _ = torch.linalg.qr(x_NF.T)
+    return x_NF @ basis_FK, basis_FK

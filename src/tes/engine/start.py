@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from tes.engine.learner import one_hot
-from tes.engine.solve import LinearHead, solve_head
+from tes.engine.solve import HeadProblem, LinearHead
 
 NUM_FOLDS = 5
 
@@ -20,15 +20,10 @@ def random_head(num_features: int, num_classes: int, seed: int) -> LinearHead:
     return LinearHead(layer.weight.detach(), layer.bias.detach())
 
 
-def probe_head(features_NF: Tensor, labels_N: Tensor, num_classes: int, penalty: float) -> LinearHead:
-    """Return the converged logistic regression on pre-trained features: a linear probe (Kumar et al. 2022)."""
-    return solve_head(features_NF, one_hot(labels_N, num_classes), penalty)
-
-
 def out_of_fold_logits(
-    features_NF: Tensor, labels_N: Tensor, units_N: np.ndarray, num_classes: int, penalty: float
+    problem: HeadProblem, features_NF: Tensor, labels_N: Tensor, units_N: np.ndarray, num_classes: int
 ) -> Tensor:
-    """Return the probe's logits (N, C) for every image from a fit that has not seen it, over 5 folds within classes.
+    """Return logits (N, C) for every image from a head that was solved without it, over 5 folds within classes.
 
     The basis for finding label errors: a model that was trained on a wrong label will not doubt it. Images of one unit
     (identical, or of one group) share a fold, or a copy in the other folds would vouch for the label.
@@ -44,6 +39,6 @@ def out_of_fold_logits(
         held_out = fold_N == fold
         if held_out.any() and not held_out.all():
             target_NC = one_hot(labels_N[~held_out], num_classes)
-            head = solve_head(features_NF[~held_out], target_NC, penalty, tolerance=1e-4)  # doubts need no more digits
+            head = problem.solve(features_NF[~held_out], target_NC, tolerance=1e-4).head  # doubts need no more digits
             logits_NC[held_out] = head.logits(features_NF[held_out])
     return logits_NC

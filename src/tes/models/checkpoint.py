@@ -14,6 +14,9 @@ from tes.errors import ModelError, did_you_mean, listing
 
 CONTAINERS = ("state_dict", "model", "model_state_dict", "model_ema", "state_dict_ema")
 """Keys under which training programs keep the weights beside optimisers and counters."""
+ENCODERS = ("module.encoder_q.", "encoder_q.")
+"""What stands before the names of the network that is worth keeping, where a checkpoint holds several: MoCo v1 and v2
+(He et al. 2020, Chen et al. 2020) keep the query encoder beside the key encoder and its queue."""
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:
@@ -93,6 +96,9 @@ def _unwrap(content: object, path: Path) -> dict[str, Tensor]:
     }
     if not tensors:
         raise ModelError(f"The checkpoint `{path}` holds no tensors by name; save the network's `state_dict()`.")
+    for prefix in ENCODERS:
+        if any(name.startswith(prefix) for name in tensors):
+            return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
     if all(name.startswith("module.") for name in tensors):  # left by (Distributed)DataParallel
         tensors = {name.removeprefix("module."): tensor for name, tensor in tensors.items()}
     return tensors

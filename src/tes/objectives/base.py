@@ -5,8 +5,9 @@ Shapes: B batch, N images, C classes, F features of the backbone, D dimensions o
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import ClassVar
+from collections.abc import MutableMapping
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -39,6 +40,7 @@ class ObjectiveContext:
     source_head: SourceHead | None = None
     features_NF: Tensor | None = None
     target_NC: Tensor | None = None
+    store: MutableMapping[str, Any] = field(default_factory=dict)
 
 
 class Objective(nn.Module):

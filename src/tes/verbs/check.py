@@ -11,7 +11,7 @@ from tes import data, text
 from tes.config import Config
 from tes.engine.features import compute_features
 from tes.errors import listing
-from tes.models.backbone import load_backbone
+from tes.job import Loaded
 from tes.objectives import objectives
 from tes.settle import check_needs, settle
 
@@ -27,7 +27,8 @@ def check(config: Config) -> dict[str, Any]:
     """
     objective_class = objectives.get(config.objective.name)
     check_needs(config, objective_class)
-    dataset = data.load(config.data, config.seed)
+    loaded = Loaded.open(config)
+    dataset = data.draw(loaded.dataset, config.data, config.seed)
     used = dataset.splits != "unused"
     counts = np.bincount(dataset.labels[used], minlength=dataset.num_classes)
     warnings = list(dataset.notes)
@@ -43,15 +44,14 @@ def check(config: Config) -> dict[str, Any]:
 
     texts: dict[str, Any] | None = None
     if "class_text" in objective_class.needs:
-        classifier = text.build(dataset.classes, config.text, centre=config.text.centre is not False)
-        classifier.aligned_with(dataset.classes)
+        classifier = loaded.class_text(config.text)
         report = text.text_report(classifier, dataset.classes)
         warnings += report["obstacles"]
         texts = {"encoder": classifier.encoder, "prompts": [list(part) for part in classifier.prompts]}
 
-    backbone = load_backbone(config.backbone, config.image)
-    settled = settle(config, dataset, backbone, objective_class)
-    batch = dataset.indices("train")[:32]
+    backbone = loaded.backbone
+    settled = settle(config, dataset, backbone, objective_class, loaded.source_text)
+    batch = np.flatnonzero(dataset.splits != "test")[:32]
     began = time.monotonic()
     features_NF = compute_features(backbone, dataset, batch, settled.compute)
     seconds = time.monotonic() - began

@@ -62,8 +62,8 @@ def evaluate(
 def _predict_elsewhere(
     run: Run, source: str, backbone: str | None, network: nn.Module | None
 ) -> tuple[data.Dataset, Predictions]:
+    from tes.job import predict
     from tes.verbs.predict import load_learner, recorded_compute
-    from tes.verbs.train import predict
 
     classes = [
         data.ClassInfo(label=str(row["class"]), name=str(row["name"]), coarse=row.get("coarse")) for row in run.classes

@@ -1,0 +1,271 @@
+"""One run, from what was loaded to a finished run folder. A comparison does many from one `Loaded`."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, MutableMapping
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from tes import console, data, run_writer, text
+from tes.card import model_card
+from tes.config import PRIOR_STARTS, Config, TextConfig
+from tes.data.dataset import Dataset
+from tes.data.splits import find_units
+from tes.engine.compute import Compute
+from tes.engine.features import FrozenFeatures, compute_features
+from tes.engine.fit import Given, fit, head_problem
+from tes.engine.learner import Learner
+from tes.engine.prior import CONTROLS, predict_rows
+from tes.engine.solve import Prior
+from tes.engine.start import out_of_fold_logits
+from tes.errors import TextError, TrainingError
+from tes.files import append_jsonl, write_atomic, write_json
+from tes.metrics import evaluate_split
+from tes.models.backbone import Backbone, load_backbone
+from tes.objectives import objectives
+from tes.objectives.base import Objective
+from tes.predictions import Predictions
+from tes.run import FORMAT
+from tes.settle import settle
+from tes.text.classifier import TextClassifier
+from tes.text.vocabulary import NearestSource, SourceText, embed_source, nearest_source
+
+PRIMARY_METRIC = "mean_per_class"
+
+
+@dataclass(eq=False)
+class Loaded:
+    """What runs are made from: opened once, shared by all that follow, never changed by any of them.
+
+    Attributes:
+        dataset: Opened, with its official or carved splits; shots are drawn from it per run.
+        backbone: Pre-trained.
+    """
+
+    dataset: Dataset
+    backbone: Backbone
+    _texts: dict[TextConfig, TextClassifier] = field(default_factory=dict)
+    _sources: dict[TextConfig, SourceText | str] = field(default_factory=dict)
+    _nearest: list[NearestSource] | None = None
+    _features: dict[Compute, FrozenFeatures] = field(default_factory=dict)
+
+    @staticmethod
+    def open(config: Config, network: nn.Module | None = None) -> Loaded:
+        """Open the data and load the backbone that `config` names.
+
+        Raises:
+            TesError: A sentence about the input or the environment.
+        """
+        dataset = data.open_dataset(config.data)
+        return Loaded(dataset, load_backbone(config.backbone, config.image, network))
+
+    def class_text(self, config: TextConfig) -> TextClassifier:
+        """Return the text classifier of the data's classes."""
+        if config not in self._texts:
+            built = text.build(self.dataset.classes, config, centre=config.centre is not False)
+            built.aligned_with(self.dataset.classes)
+            self._texts[config] = built
+        return self._texts[config]
+
+    def source_text(self, config: TextConfig) -> SourceText | str:
+        """Return the source classes' rows, or, where a text prior is not possible, why."""
+        if config not in self._sources:
+            self._sources[config] = _embed_source(self.backbone, config)
+        return self._sources[config]
+
+    def nearest(self) -> list[NearestSource] | None:
+        """Return the nearest source name per class; None where the backbone's source classes are not known."""
+        head = self.backbone.source_head
+        if self._nearest is None and head is not None and head.names is not None:
+            self._nearest = nearest_source(self.dataset.classes, head.names)
+        return self._nearest
+
+    def features(self, compute: Compute) -> FrozenFeatures:
+        """Return the data's features under the pre-trained backbone."""
+        if compute not in self._features:
+            self._features[compute] = FrozenFeatures(self.backbone, self.dataset, compute)
+        return self._features[compute]
+
+    def prior(self, config: Config) -> Prior | None:
+        """Return the text prior of a settled run; None where its start has none."""
+        if config.start not in PRIOR_STARTS:
+            return None
+        source, head = self.source_text(config.text), self.backbone.source_head
+        assert isinstance(source, SourceText) and head is not None, "settle() refuses it"
+        control = config.start.removeprefix("probe+")
+        rows_CF = predict_rows(
+            torch.from_numpy(self.class_text(config.text).uncentred),
+            torch.from_numpy(source.rows_SD),
+            head.weight_SF,
+            config.prior.gamma,
+            config.prior.rho,
+            control=control if control in CONTROLS else None,
+            seed=config.seed,
+        )
+        return Prior(rows_CF, config.prior.form, config.prior.kappa, config.prior.zero_shot_trust)
+
+
+def _embed_source(backbone: Backbone, config: TextConfig) -> SourceText | str:
+    if backbone.source_head is None:
+        return f"`{backbone.name}` has no classifier from its pre-training"
+    if backbone.source_head.names is None:
+        return f"the names of `{backbone.name}`'s source classes are not known (say so with backbone.source_classes)"
+    try:
+        return embed_source(backbone.source_head.names, config)
+    except TextError as problem:
+        return f"`{config.encoder}` cannot embed the source classes' names ({problem})"
+
+
+def run_job(
+    config: Config,
+    loaded: Loaded,
+    folder: Path,
+    *,
+    store: MutableMapping[str, Any] | None = None,
+    on_ready: Callable[[], None] = lambda: None,
+) -> None:
+    """Settle, fit, score and write one run into an empty folder.
+
+    Args:
+        config: As the user left it; gaps are decided here.
+        loaded: The data and the backbone that it names.
+        folder: Exists and is empty.
+        store: What arms share, see `Given`.
+        on_ready: Called when everything that can be refused has been, and work worth keeping begins.
+
+    Raises:
+        TesError: A sentence about the input or the environment.
+    """
+    began = time.monotonic()
+    objective_class: type[Objective] = objectives.get(config.objective.name)
+    arm = config.arm
+    dataset = data.draw(loaded.dataset, config.data, config.seed)
+    describe(dataset)
+    settled = settle(config, dataset, loaded.backbone, objective_class, loaded.source_text)
+    config, compute = settled.config, settled.compute
+    class_text = None
+    if "class_text" in objective_class.needs or config.start in PRIOR_STARTS:
+        class_text = loaded.class_text(config.text)
+        _note_all(class_text.notes)
+        for line in text.warnings(class_text, dataset.classes):
+            console.warn(line)
+    _note_all(loaded.backbone.notes)
+    if settled.reasons:
+        _note_all(["decided for you:", *settled.reasons])
+    sources = loaded.nearest() if config.start in PRIOR_STARTS else None
+    run_writer.write_inputs(folder, config, dataset, loaded.backbone.images)
+    run_writer.write_classes(folder, dataset, class_text, sources)
+    on_ready()
+
+    # The fit, and what it says about images it has not seen.
+    log = partial(append_jsonl, folder / "metrics.jsonl")
+    features = loaded.features(compute)
+    rows_CD = torch.from_numpy(class_text.Z) if class_text is not None else None
+    given = Given(dataset, features, rows_CD, loaded.prior(config), {} if store is None else store)
+    train, val, test = (dataset.indices(split) for split in ("train", "val", "test"))
+    if config.start != "random" and len(train):
+        run_writer.write_out_of_fold(folder, out_of_fold(config, given))
+
+    def score(learner: Learner) -> dict[str, Any]:
+        return evaluate_split(predict(learner, dataset, val), run_writer.coarse_names(dataset))
+
+    fitted = fit(config, given, train, log=log, evaluate=score if len(val) else None)
+    if "kl_label_to_reference" in fitted.figures:
+        distance = fitted.figures["kl_label_to_reference"]
+        console.note(f"KL(label ‖ softened target) is {distance:.3g} on average; at 0 `{arm}` is plain cross-entropy")
+    metrics: dict[str, Any] = {}
+    for split, indices in (("val", val), ("test", test)):
+        if len(indices):
+            predictions = predict(fitted.learner, dataset, indices, features if config.train == "head" else None)
+            metrics[split] = run_writer.write_predictions(folder, split, predictions, dataset)
+            log({"split": split, "step": config.optim.num_steps or 0, "heads": metrics[split]})
+
+    # What is shipped.
+    if config.refit != "none":
+        splits = ("train", "val") if config.refit == "trainval" else ("train", "val", "test")
+        console.note(f"refit on {' + '.join(splits)}; all figures are those before the refit")
+        everything = np.sort(np.concatenate([dataset.indices(split) for split in splits]))
+        shipped = fit(config, given, everything, log=lambda row: log(row | {"refit": True}))
+    else:
+        shipped = fitted
+    if shipped.trust_C is not None:
+        run_writer.write_classes(folder, dataset, class_text, sources, shipped.trust_C)
+    run_writer.write_model(folder, shipped, class_text)
+
+    summary = {
+        "format": FORMAT,
+        "status": "complete",
+        "arm": arm,
+        "start": config.start,
+        "train": config.train,
+        "refit": config.refit,
+        "default_head": shipped.learner.objective.default_head,
+        "primary_metric": PRIMARY_METRIC,
+        "data": dataset.name,
+        "num_classes": dataset.num_classes,
+        **{f"num_{split}": len(dataset.indices(split)) for split in ("train", "val", "test")},
+        "unreadable": [{"path": path, "reason": reason} for path, reason in dataset.unreadable],
+        "backbone": {"name": config.backbone.name, "fingerprint": loaded.backbone.fingerprint},
+        "text": {"encoder": class_text.encoder} if class_text is not None else None,
+        "objective": fitted.figures,
+        "metrics": metrics,
+    }
+    if fitted.trust_C is not None:
+        summary["prior"] = {
+            "form": config.prior.form,
+            "trust": round(fitted.trust_C.mean().item(), 6),
+            "num_known": sum(source.known for source in sources or ()),
+        }
+    write_atomic(folder / "README.md", model_card(config, dataset.classes, summary, objective_class.citation))
+    append_jsonl(folder / "timing.jsonl", {"seconds": round(time.monotonic() - began, 3)})
+    write_json(folder / "run.json", summary)
+
+
+def predict(
+    learner: Learner, dataset: Dataset, indices: np.ndarray, features: FrozenFeatures | None = None
+) -> Predictions:
+    """Return every head's logits for the images `indices`; `features` are those of a backbone that was not trained."""
+    if features is not None:
+        features_NF = features(indices)
+    else:
+        features_NF = compute_features(learner.backbone, dataset, indices, learner.compute)
+    if not torch.isfinite(features_NF).all():
+        raise TrainingError(
+            "The trained network's features are not finite: training has diverged. Lower the learning rate (--lr), set"
+            " optim.clip_norm=1, or use --precision fp32."
+        )
+    logits = {head: values_NC.numpy() for head, values_NC in learner.heads(features_NF).items()}
+    return Predictions([dataset.paths[index] for index in indices], dataset.labels[indices], logits)
+
+
+def out_of_fold(config: Config, given: Given) -> Predictions:
+    """Return what the start's problem says about training images that it was not fitted to (5 folds)."""
+    dataset = given.dataset
+    indices = dataset.indices("train")
+    labels_N = torch.from_numpy(dataset.labels[indices])
+    units_N = find_units([dataset.sha1s[index] for index in indices], [dataset.groups[index] for index in indices])
+    problem = head_problem(config, given.prior)
+    logits_NC = out_of_fold_logits(problem, given.features(indices), labels_N, units_N, dataset.num_classes)
+    return Predictions([dataset.paths[index] for index in indices], labels_N.numpy(), {"vision": logits_NC.numpy()})
+
+
+def describe(dataset: Dataset) -> None:
+    """Say what the data set holds, how its class names are read, and what was left out."""
+    counts = ", ".join(f"{len(dataset.indices(split))} {split}" for split in ("train", "val", "test"))
+    console.note(f"{dataset.name}: {dataset.num_classes} classes; {counts} images")
+    renamed = [f"{info.label} → {info.name}" for info in dataset.classes if info.label != info.name]
+    if renamed:
+        console.note(f"class names are read as: {', '.join(renamed[:4])}{', …' if len(renamed) > 4 else ''}")
+    _note_all(dataset.notes)
+
+
+def _note_all(lines: Iterable[str]) -> None:
+    for line in lines:
+        console.note(line)
