@@ -155,10 +155,10 @@ def test_more_shots_than_a_class_has_name_the_class_and_its_count():
         draw_shots(["a", "a", "b", "b"], list("wxyz"), [None] * 4, splits, 2, seed=0)
 
 
-@pytest.mark.parametrize("num_shots", [0, -1])
-def test_no_shots_are_refused(num_shots):
-    with pytest.raises(DataError, match="zero-shot needs a text prior"):
-        draw_shots(["a"], ["x"], [None], np.array(["train"]), num_shots, seed=0)
+def test_zero_shots_leave_the_pool_unused_and_the_test_images_where_they_are():
+    splits = np.array(["train", "val", "test", "train"], dtype="<U6")
+    drawn = draw_shots(["a", "a", "a", "b"], list("wxyz"), [None] * 4, splits, 0, seed=0)
+    assert drawn.tolist() == ["unused", "unused", "test", "unused"]
 
 
 @given(tangled(), st.sampled_from([0.01, 0.15, 0.5, 1.0]), st.integers(0, 5))

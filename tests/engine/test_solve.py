@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from tes.engine.solve import SCALE, HeadProblem, Standardizer
+from tes.engine.solve import SCALE, HeadProblem, Prior, Standardizer
 
 
 def problem(num_images: int, num_features: int, num_classes: int, seed: int = 0):
@@ -65,3 +65,73 @@ def test_the_same_problem_gives_the_same_bytes():
     features, soft = problem(30, 50, 4)
     first, second = (HeadProblem(0.3).solve(features, soft).head for _ in range(2))
     assert torch.equal(first.weight_CF, second.weight_CF) and torch.equal(first.bias_C, second.bias_C)
+
+
+def unit_rows(num_classes: int, num_features: int) -> torch.Tensor:
+    rows = torch.randn(num_classes, num_features, generator=torch.Generator().manual_seed(3), dtype=torch.double)
+    return rows / rows.norm(dim=1, keepdim=True)
+
+
+@pytest.mark.parametrize("shape", [(60, 8, 4), (12, 40, 4)], ids=["more images than features", "fewer"])
+@pytest.mark.parametrize("form", ["joint", "per_class"])
+def test_trust_in_a_prior_minimises_the_stated_problem(shape, form):
+    features, soft = problem(*shape)
+    num_images, num_classes, penalty, kappa = shape[0], shape[2], 0.3, 0.2
+    rows = unit_rows(num_classes, shape[1])
+    solved = HeadProblem(penalty, Prior(rows, form, kappa)).solve(features, soft, tolerance=1e-8)
+    # The stated objective in NumPy, as a function of α, V and b: no small step may lower it.
+    standardize = Standardizer.fit(features)
+    x, p = standardize(features).numpy(), rows.numpy()
+    alpha = solved.trust_C.double().numpy()
+    w = solved.head.weight_CF.double().numpy() * float(standardize.radius) / SCALE
+    b = solved.head.bias_C.double().numpy() + solved.head.weight_CF.double().numpy() @ standardize.mean_F.numpy()
+    v = w - alpha[:, None] * p
+
+    def value(alpha, v, b):
+        z = x @ (alpha[:, None] * p + v).T + b
+        fit = -(soft.numpy() * (z - np.logaddexp.reduce(z, axis=1, keepdims=True))).sum(axis=1).mean()
+        mean = best_common(alpha)
+        cost = kappa * ((alpha - mean) ** 2).sum() + kappa * num_classes * mean**2
+        return fit + penalty / num_images * ((v**2).sum() + cost)
+
+    def best_common(alpha):
+        # joint: α is one number. per class: given α, the ᾱ that costs least minimises Σ (α_c - ᾱ)² + C ᾱ².
+        return alpha.mean() if form == "joint" else alpha.mean() / 2
+
+    at_solution = value(alpha, v, b)
+    draw = np.random.default_rng(1)
+    for size in (1e-2, 1e-3):
+        for _ in range(30):
+            step = draw.normal(size=num_classes) if form == "per_class" else np.full(num_classes, draw.normal())
+            moved = value(alpha + size * step, v, b)
+            moved_v = value(alpha, v + size * draw.normal(size=v.shape), b)
+            moved_b = value(alpha, v, b + size * draw.normal(size=b.shape))
+            assert min(moved, moved_v, moved_b) > at_solution - 1e-7
+    if form == "joint":
+        assert np.ptp(alpha) == 0
+
+
+def test_a_start_without_corrections_keeps_the_priors_directions():
+    features, soft = problem(60, 8, 4)
+    rows = unit_rows(4, 8)
+    solved = HeadProblem(0.3, Prior(rows, "per_class"), corrects=False).solve(features, soft)
+    cosines = torch.nn.functional.cosine_similarity(solved.head.weight_CF.double(), rows).abs()
+    assert torch.allclose(cosines, torch.ones(4).double(), atol=1e-6)
+
+
+def test_without_a_label_the_prior_is_the_head():
+    pool, _ = problem(30, 8, 4)
+    rows = unit_rows(4, 8)
+    solved = HeadProblem(0.3, Prior(rows, zero_shot_trust=0.7)).without_labels(pool)
+    expected = 0.7 * Standardizer.fit(pool)(pool) @ rows.T
+    assert torch.allclose(solved.head.logits(pool).double(), expected, atol=1e-4)
+    assert torch.equal(solved.trust_C, torch.full((4,), 0.7))
+
+
+def test_a_prior_that_is_right_is_trusted_and_one_that_is_wrong_is_not():
+    features, soft = problem(40, 30, 4)
+    truth = HeadProblem(0.3).solve(*problem(400, 30, 4)).head.weight_CF.double()
+    truth = torch.nn.functional.normalize(truth - truth.mean(dim=0), dim=1)
+    right = HeadProblem(0.3, Prior(truth)).solve(features, soft).trust_C.mean()
+    wrong = HeadProblem(0.3, Prior(unit_rows(4, 30))).solve(features, soft).trust_C.mean()
+    assert right > 2 * wrong.abs()
