@@ -13,7 +13,7 @@ SOURCE = Path(__file__).parents[1] / "src" / "tes"
 ROOMS = [
     {"errors", "files", "registry", "console"},
     {"config"},
-    {"metrics", "predictions", "hub", "demo_images"},
+    {"metrics", "predictions", "statistics", "hub", "demo_images"},
     {"data"},
     {"text", "models"},
     {"objectives"},
@@ -35,6 +35,7 @@ LIGHT_ROOMS = (
     "config",
     "metrics",
     "predictions",
+    "statistics",
     "data",
     "run",
     "cli",
