@@ -18,7 +18,7 @@ ROOMS = [
     {"text", "models"},
     {"objectives"},
     {"engine"},
-    {"run", "run_writer", "card", "settle"},
+    {"run", "run_writer", "card", "settle", "search"},
     {"job"},
     {"verbs"},
     {"catalogue"},

@@ -18,7 +18,7 @@ from typing import Annotated, Any
 import typer
 
 from tes import __version__
-from tes.errors import TesError
+from tes.errors import ConfigError, TesError
 
 app = typer.Typer(
     name="tes",
@@ -86,7 +86,9 @@ def train(
         str | None, typer.Option(help="tes, ce, label_smoothing; or NAME@PRESET, as in tes@paper.")
     ] = None,
     train: Annotated[str | None, typer.Option(help="head (solved in seconds) or all; default: all on a GPU.")] = None,
-    start: Annotated[str | None, typer.Option(help="What the head starts from: auto, random, probe.")] = None,
+    start: Annotated[
+        str | None, typer.Option(help="What the head starts from: auto, probe, probe+prior, prior, random.")
+    ] = None,
     shots: Shots = None,
     fraction: Fraction = None,
     classes: Classes = None,
@@ -104,6 +106,9 @@ def train(
     device: Device = None,
     workers: Annotated[int | None, typer.Option(help="Processes that read images.")] = None,
     partial: Annotated[bool, typer.Option("--partial", help="Accept a subset of a task's official list.")] = False,
+    against: Annotated[
+        str | None, typer.Option(help="ce: with --train all, train that too and compare on val.")
+    ] = None,
     out: Annotated[str | None, typer.Option(help="Run folder; default: runs/<data>-<arm>-<n>.")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the run in --out.")] = False,
     config: ConfigFile = None,
@@ -137,15 +142,16 @@ def train(
     settings = load_config(config, flags, assignments or [])
     from tes.verbs.train import train as train_run
 
-    run = train_run(settings, overwrite=overwrite)
+    if against not in (None, "ce"):
+        raise ConfigError(f"--against is ce (got `{against}`); `tes compare` takes any arms.")
+    run = train_run(settings, overwrite=overwrite, against=True if against else None)
     print(_metrics_table(run.metrics))
     print(f"\nrun folder: {run.path}")
     own = f" --backbone {settings.backbone.name}" if ":" in settings.backbone.name else ""
-    other = "ce" if settings.objective.name != "ce" else "tes"
     print("next:")
     print(f"  tes predict {run.path} PHOTO_OR_FOLDER{own}   # classify new images, no text needed")
     print(f"  tes evaluate {run.path} --data OTHER_FOLDER{own}   # score it on other labelled images")
-    print(f"  tes train --config {run.path}/config.yaml --objective {other}   # the same with `{other}`, to compare")
+    print(f"  tes compare {settings.data.source} --arms ce,tes --seeds 10{_shots_flag(settings)}   # does text help?")
 
 
 @app.command()
@@ -269,6 +275,69 @@ def check(
     print(json.dumps(result, ensure_ascii=False) if as_json else render(result))
 
 
+@app.command()
+def compare(
+    data: Data,
+    arms: Annotated[str, typer.Option(help="NAME[@PRESET][+START], as in ce,tes,tes@paper+random.")] = "ce,tes",
+    shots: Annotated[str, typer.Option(metavar="K,K,…", help="As in 1,2,4,8,16; `all`; or shares: 15%.")] = "all",
+    seeds: Annotated[int, typer.Option(help="How many seeds; ten are seconds with --train head.")] = 3,
+    seed: Annotated[int, typer.Option(help="The first seed.")] = 0,
+    trials: Annotated[int, typer.Option(help="Of a random search, as many for every arm; 1: the defaults.")] = 1,
+    split: Annotated[str, typer.Option(help="test; or val, for designing defaults: test is never opened.")] = "test",
+    protocol: Annotated[str, typer.Option(help="val; or paper: chosen on test, and labelled so.")] = "val",
+    train: Annotated[str | None, typer.Option(help="head (solved in seconds) or all; default: all on a GPU.")] = None,
+    classes: Classes = None,
+    only_classes: OnlyClasses = None,
+    backbone: BackboneName = None,
+    checkpoint: Checkpoint = None,
+    text: Text = None,
+    size: Size = None,
+    lr: Annotated[float | None, typer.Option(help="Learning rate of the backbone.")] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Images per step.")] = None,
+    epochs: Annotated[float | None, typer.Option(help="Passes over the training images.")] = None,
+    precision: Annotated[str | None, typer.Option(help="auto, fp32, bf16.")] = None,
+    device: Device = None,
+    out: Annotated[str | None, typer.Option(help="The comparison's folder; default: runs/<data>-compare.")] = None,
+    config: ConfigFile = None,
+    assignments: Assignments = None,
+    as_json: AsJson = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+) -> None:
+    """Does text help on your data? Arms from the same splits and seeds, with statistics and a sentence for each."""
+    flags = {
+        "data.source": data,
+        **_data_flags(classes, only_classes, None, None),
+        "train": train,
+        "backbone.name": backbone,
+        "backbone.checkpoint": checkpoint,
+        "text.encoder": text,
+        "image.size": size,
+        "optim.learning_rate": lr,
+        "optim.batch_size": batch_size,
+        "optim.num_epochs": epochs,
+        "precision": precision,
+        "device": device,
+    }
+    from tes.comparison import render
+    from tes.verbs.compare import Settings
+    from tes.verbs.compare import compare as run_compare
+
+    comparison, summary = run_compare(
+        Settings(config, flags, assignments or []),
+        _listed(arms),
+        shots=_listed(shots),
+        num_seeds=seeds,
+        first_seed=seed,
+        num_trials=trials,
+        split=split,
+        protocol=protocol,
+        out=out,
+    )
+    print(json.dumps(summary, ensure_ascii=False) if as_json else render(summary))
+    if not as_json:
+        print(f"\ncomparison: {comparison.path} (table.csv, summary.json, and a run folder for each cell)")
+
+
 @app.command("list")
 def list_(kind: Annotated[Kind, typer.Argument(help="What to list.")], as_json: AsJson = False) -> None:
     """List what can be chosen by name."""
@@ -341,6 +410,14 @@ def _data_flags(
         "data.shots": None if shots in (None, "all") else shots,
         "data.fraction": fraction,
     }
+
+
+def _shots_flag(settings: Any) -> str:
+    return "" if settings.data.shots is None else f" --shots {settings.data.shots}"
+
+
+def _listed(text: str) -> list[str]:
+    return [part.strip() for part in text.split(",") if part.strip()]
 
 
 def _metrics_table(metrics: dict[str, Any]) -> str:

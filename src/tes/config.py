@@ -9,6 +9,7 @@ from __future__ import annotations
 import types
 import typing
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -21,6 +22,15 @@ Fraction = Annotated[float, Field(gt=0, le=1)]
 Triple = tuple[float, float, float]
 NOT_YAML = (yaml.YAMLError, ValueError, RecursionError)
 """What PyYAML raises on text that it cannot read: ValueError for dates and numbers such as 2020-13-45."""
+
+
+@dataclass(frozen=True)
+class Range:
+    """Where a search draws a setting from: evenly between the ends, or, with `log`, evenly in its logarithm."""
+
+    low: float
+    high: float
+    log: bool = False
 
 
 class Settings(BaseModel):
@@ -109,6 +119,7 @@ class ObjectiveConfig(Settings):
     """Base of the objectives' own settings. `presets` maps a preset's name to the values it gives, by dotted key."""
 
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
+    search: ClassVar[Mapping[str, Range]] = {}
 
     name: str
     preset: str | None = Field(None, description="a named set of values, for example the authors' own")
@@ -223,6 +234,12 @@ class Config(Settings):
     def to_yaml(self) -> str:
         """Return the settings as YAML that `load_config` reads back."""
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def arm_flags(arm: str) -> dict[str, str | None]:
+    """Return the flags that an arm, `NAME[@PRESET][+START]`, stands for."""
+    objective, _, start = arm.partition("+")
+    return {"objective": objective, "start": start or None}
 
 
 def load_config(

@@ -22,19 +22,24 @@ def note(text: str) -> None:
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Keep notes to oneself, for jobs that run many jobs; warnings and progress are still shown."""
-    _quiet.append(True)
+    """Keep notes to oneself, for jobs that run many jobs; progress is still shown, and each warning once."""
+    _quiet.append(set())
     try:
         yield
     finally:
         _quiet.pop()
 
 
-_quiet: list[bool] = []
+_quiet: list[set[str]] = []
+"""The warnings shown so far, for each quiet block that is open."""
 
 
 def warn(text: str) -> None:
     """Tell the user something that may need their attention."""
+    if _quiet:
+        if text in _quiet[-1]:
+            return
+        _quiet[-1].add(text)
     print(f"warning: {text}", file=sys.stderr, flush=True)
 
 

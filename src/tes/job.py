@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, MutableMapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,13 +15,14 @@ from torch import nn
 
 from tes import console, data, run_writer, text
 from tes.card import model_card
-from tes.config import PRIOR_STARTS, Config, TextConfig
+from tes.config import PRIOR_STARTS, Config, DataConfig, TextConfig
 from tes.data.dataset import Dataset
 from tes.data.splits import find_units
 from tes.engine.compute import Compute
 from tes.engine.features import FrozenFeatures, compute_features
-from tes.engine.fit import Given, fit, head_problem
+from tes.engine.fit import Fitted, Given, fit, head_problem
 from tes.engine.learner import Learner
+from tes.engine.loader import steps_per_epoch
 from tes.engine.prior import CONTROLS, predict_rows
 from tes.engine.solve import Prior
 from tes.engine.start import out_of_fold_logits
@@ -33,11 +34,15 @@ from tes.objectives import objectives
 from tes.objectives.base import Objective
 from tes.predictions import Predictions
 from tes.run import FORMAT
+from tes.search import choose, draw_trials, space
 from tes.settle import settle
+from tes.statistics import Answers, bootstrap_images
 from tes.text.classifier import TextClassifier
 from tes.text.vocabulary import NearestSource, SourceText, embed_source, nearest_source
 
 PRIMARY_METRIC = "mean_per_class"
+PAPER_EPOCHS = 5
+"""The authors' code looks at the test split every so many epochs."""
 
 
 @dataclass(eq=False)
@@ -123,12 +128,53 @@ def _embed_source(backbone: Backbone, config: TextConfig) -> SourceText | str:
         return f"`{config.encoder}` cannot embed the source classes' names ({problem})"
 
 
+@dataclass(frozen=True)
+class Protocol:
+    """How a run is chosen and scored.
+
+    Attributes:
+        name: `val-selected`: whatever is chosen is chosen on val. `paper`: train and val are trained on, and the best
+            of the epochs (and trials) on test is kept, as the authors' code does; its figures are test-selected.
+        split: `test`, or `val` for designing defaults: test is never opened; at k shots the pool's unused images are
+            scored, and, where nothing was chosen with them, the val images too.
+        num_trials: Of the search; 1: the defaults.
+    """
+
+    name: str = "val-selected"
+    split: str = "test"
+    num_trials: int = 1
+
+    def training(self, dataset: Dataset) -> np.ndarray:
+        """Return the images that are trained on."""
+        val = dataset.indices("val") if self.name == "paper" else []
+        return np.sort(np.concatenate([dataset.indices("train"), val]).astype(np.int64))
+
+    def choosing(self, dataset: Dataset) -> np.ndarray:
+        """Return the images that epochs and trials are judged by."""
+        return dataset.indices("test" if self.name == "paper" else "val")
+
+    def scored(self, dataset: Dataset, config: DataConfig) -> dict[str, np.ndarray]:
+        """Return the images that the finished model is scored on, by split; none of them empty."""
+        val, test = dataset.indices("val"), dataset.indices("test")
+        if self.name == "paper":
+            parts = {"test": test}
+        elif self.split == "val":
+            pool = dataset.indices("unused") if config.shots is not None else np.empty(0, dtype=np.int64)
+            parts = {"val": np.sort(np.concatenate([pool, val if self.num_trials == 1 or not len(pool) else pool[:0]]))}
+        else:
+            parts = {"val": val, "test": test}
+        return {name: indices for name, indices in parts.items() if len(indices)}
+
+
 def run_job(
     config: Config,
     loaded: Loaded,
     folder: Path,
     *,
+    protocol: Protocol = Protocol(),
     store: MutableMapping[str, Any] | None = None,
+    shared: run_writer.Shared | None = None,
+    against: bool | None = None,
     on_ready: Callable[[], None] = lambda: None,
 ) -> None:
     """Settle, fit, score and write one run into an empty folder.
@@ -137,7 +183,11 @@ def run_job(
         config: As the user left it; gaps are decided here.
         loaded: The data and the backbone that it names.
         folder: Exists and is empty.
+        protocol: How it is chosen and scored.
         store: What arms share, see `Given`.
+        shared: Where a cell of a comparison keeps what it has in common with the others.
+        against: Train `ce` from `probe` as well and say how far the run is from it on val; None: where it takes
+            seconds, with `train: head`.
         on_ready: Called when everything that can be refused has been, and work worth keeping begins.
 
     Raises:
@@ -159,33 +209,48 @@ def run_job(
     _note_all(loaded.backbone.notes)
     if settled.reasons:
         _note_all(["decided for you:", *settled.reasons])
-    sources = loaded.nearest() if config.start in PRIOR_STARTS else None
-    run_writer.write_inputs(folder, config, dataset, loaded.backbone.images)
-    run_writer.write_classes(folder, dataset, class_text, sources)
-    on_ready()
 
     # The fit, and what it says about images it has not seen.
-    log = partial(append_jsonl, folder / "metrics.jsonl")
     features = loaded.features(compute)
     rows_CD = torch.from_numpy(class_text.Z) if class_text is not None else None
     given = Given(dataset, features, rows_CD, loaded.prior(config), {} if store is None else store)
-    train, val, test = (dataset.indices(split) for split in ("train", "val", "test"))
-    if config.start != "random" and len(train):
+    sources = loaded.nearest() if config.start in PRIOR_STARTS else None
+    run_writer.write_inputs(folder, config, loaded.backbone.images)
+    run_writer.write_classes(folder, dataset, class_text, sources)
+    kept: dict[str, str] = {}
+    if shared is None:
+        run_writer.write_splits(folder / "splits.csv", dataset)
+        run_writer.write_thumbnails(folder / "thumbnails", dataset)
+    else:
+        draw = (config.data.shots, config.data.fraction, config.seed)
+        kept["splits.csv"] = shared.keep("splits.csv", draw, lambda path: run_writer.write_splits(path, dataset))
+    on_ready()
+    log = partial(append_jsonl, folder / "metrics.jsonl")
+    train, choosing = protocol.training(dataset), protocol.choosing(dataset)
+    if shared is None and config.start != "random" and len(train):
         run_writer.write_out_of_fold(folder, out_of_fold(config, given))
+    coarse = run_writer.coarse_names(dataset)
 
     def score(learner: Learner) -> dict[str, Any]:
-        return evaluate_split(predict(learner, dataset, val), run_writer.coarse_names(dataset))
+        return evaluate_split(predict(learner, dataset, choosing), coarse)
 
-    fitted = fit(config, given, train, log=log, evaluate=score if len(val) else None)
+    attempts = [
+        _attempt(config, settings, loaded, given, train, choosing, protocol, log, score)
+        for settings in draw_trials(space(config, objective_class), protocol.num_trials)
+    ]
+    selected = _select(attempts, protocol)
+    config, given, fitted = attempts[selected].config, attempts[selected].given, attempts[selected].fitted
+    if selected:
+        run_writer.write_inputs(folder, config, loaded.backbone.images)
     if "kl_label_to_reference" in fitted.figures:
         distance = fitted.figures["kl_label_to_reference"]
         console.note(f"KL(label ‖ softened target) is {distance:.3g} on average; at 0 `{arm}` is plain cross-entropy")
+    frozen = features if config.train == "head" else None
     metrics: dict[str, Any] = {}
-    for split, indices in (("val", val), ("test", test)):
-        if len(indices):
-            predictions = predict(fitted.learner, dataset, indices, features if config.train == "head" else None)
-            metrics[split] = run_writer.write_predictions(folder, split, predictions, dataset)
-            log({"split": split, "step": config.optim.num_steps or 0, "heads": metrics[split]})
+    for split, indices in protocol.scored(dataset, config.data).items():
+        predictions = predict(fitted.learner, dataset, indices, frozen)
+        metrics[split] = run_writer.write_predictions(folder, split, predictions, dataset)
+        log({"split": split, "step": config.optim.num_steps or 0, "heads": metrics[split]})
 
     # What is shipped.
     if config.refit != "none":
@@ -197,7 +262,7 @@ def run_job(
         shipped = fitted
     if shipped.trust_C is not None:
         run_writer.write_classes(folder, dataset, class_text, sources, shipped.trust_C)
-    run_writer.write_model(folder, shipped, class_text)
+    kept |= run_writer.write_model(folder, shipped, class_text, shared if config.train == "head" else None)
 
     summary = {
         "format": FORMAT,
@@ -206,11 +271,13 @@ def run_job(
         "start": config.start,
         "train": config.train,
         "refit": config.refit,
+        "protocol": protocol.name,
         "default_head": shipped.learner.objective.default_head,
         "primary_metric": PRIMARY_METRIC,
         "data": dataset.name,
         "num_classes": dataset.num_classes,
         **{f"num_{split}": len(dataset.indices(split)) for split in ("train", "val", "test")},
+        "num_pool": int((dataset.splits != "test").sum()),
         "unreadable": [{"path": path, "reason": reason} for path, reason in dataset.unreadable],
         "backbone": {"name": config.backbone.name, "fingerprint": loaded.backbone.fingerprint},
         "text": {"encoder": class_text.encoder} if class_text is not None else None,
@@ -223,9 +290,141 @@ def run_job(
             "trust": round(fitted.trust_C.mean().item(), 6),
             "num_known": sum(source.known for source in sources or ()),
         }
+    if protocol.num_trials > 1:
+        summary["trials"] = [attempt.row() for attempt in attempts]
+        summary["selected_trial"] = selected
+    if kept:
+        summary["shared"] = kept
+    is_plain = config.objective.name == "ce" and config.start == "probe"
+    wanted = config.train == "head" if against is None else against
+    if wanted and not is_plain and len(choosing) and len(train):
+        summary["against"] = _against_ce(config, given, train, choosing, fitted.learner, frozen, log)
+        console.note(_against_sentence(arm, summary["against"]))
     write_atomic(folder / "README.md", model_card(config, dataset.classes, summary, objective_class.citation))
     append_jsonl(folder / "timing.jsonl", {"seconds": round(time.monotonic() - began, 3)})
     write_json(folder / "run.json", summary)
+
+
+@dataclass(frozen=True)
+class _Attempt:
+    """One trial: what it set, what came out, and what it says about the images that choose."""
+
+    settings: dict[str, Any]
+    config: Config
+    given: Given
+    fitted: Fitted
+    predictions: Predictions | None
+
+    def row(self) -> dict[str, Any]:
+        figures: dict[str, Any] = {}
+        if self.predictions is not None:
+            head = self.fitted.learner.objective.default_head
+            scores = evaluate_split(self.predictions)[head]
+            figures = {"nll": scores["nll"], "mean_per_class": scores["mean_per_class"]}
+        return {"settings": self.settings} | figures
+
+
+def _attempt(
+    config: Config,
+    settings: dict[str, Any],
+    loaded: Loaded,
+    given: Given,
+    train: np.ndarray,
+    choosing: np.ndarray,
+    protocol: Protocol,
+    log: Callable[[dict[str, Any]], None],
+    score: Callable[[Learner], dict[str, Any]],
+) -> _Attempt:
+    if settings:
+        if "optim.learning_rate" in settings:
+            settings = settings | {"optim.head_learning_rate": settings["optim.learning_rate"]}
+        config = config.replace(settings)
+        given = replace(given, prior=loaded.prior(config))
+        log = partial(_log_trial, log, settings)
+    paper = protocol.name == "paper"
+    fitted = fit(
+        config, given, train, log=log, evaluate=score if len(choosing) else None, keep_best=paper,
+        num_evaluations=max(1, _num_epochs(config, len(train)) // PAPER_EPOCHS) if paper else 5,
+    )  # fmt: skip
+    predictions = None
+    if len(choosing) and protocol.num_trials > 1:
+        frozen = given.features if config.train == "head" else None
+        predictions = predict(fitted.learner, given.dataset, choosing, frozen)
+    return _Attempt(settings, config, given, fitted, predictions)
+
+
+def _log_trial(log: Callable[[dict[str, Any]], None], settings: dict[str, Any], row: dict[str, Any]) -> None:
+    log(row | {"trial": settings})
+
+
+def _num_epochs(config: Config, num_images: int) -> int:
+    return (config.optim.num_steps or 0) // steps_per_epoch(num_images, config.optim.batch_size)
+
+
+def _select(attempts: list[_Attempt], protocol: Protocol) -> int:
+    predictions = [attempt.predictions for attempt in attempts]
+    if None in predictions:
+        return 0
+    heads = [attempt.fitted.learner.objective.default_head for attempt in attempts]
+    if protocol.name == "paper":
+        scores = [evaluate_split(said)[head][PRIMARY_METRIC] for said, head in zip(predictions, heads)]
+        return int(np.argmax(scores))
+    losses = [_losses(said, head) for said, head in zip(predictions, heads)]
+    return choose(losses)
+
+
+def _losses(predictions: Predictions, head: str) -> np.ndarray:
+    """Return -log p(true class | image), (n,)."""
+    log_p_NC = predictions.log_probabilities(head)
+    return -np.take_along_axis(log_p_NC, predictions.labels[:, None], axis=1)[:, 0]
+
+
+def _against_ce(
+    config: Config,
+    given: Given,
+    train: np.ndarray,
+    choosing: np.ndarray,
+    learner: Learner,
+    frozen: FrozenFeatures | None,
+    log: Callable[[dict[str, Any]], None],
+) -> dict[str, Any]:
+    """Train `ce` from `probe` on the same images and compare the two on val, image by image."""
+    plain = config.replace({"objective": {"name": "ce"}, "start": "probe"})
+    other = fit(plain, replace(given, prior=None), train, log=lambda row: log(row | {"arm": "ce"})).learner
+    ours, theirs = (predict(which, given.dataset, choosing, frozen) for which in (learner, other))
+    head = learner.objective.default_head
+    pair = (Answers.of(ours, head), Answers.of(theirs, "vision"))
+    interval = bootstrap_images([pair], PRIMARY_METRIC)
+    nll_N = _losses(ours, head) - _losses(theirs, "vision")
+    figures = [evaluate_split(said)[which] for said, which in ((ours, head), (theirs, "vision"))]
+    return {
+        "arm": "ce",
+        "split": "val",
+        "num_samples": len(choosing),
+        "mean_per_class": figures[1]["mean_per_class"],
+        "difference": figures[0]["mean_per_class"] - figures[1]["mean_per_class"],
+        "interval": list(interval) if interval else None,
+        "nll": figures[1]["nll"],
+        "nll_difference": float(nll_N.mean()),
+        "nll_standard_error": float(nll_N.std(ddof=1) / len(nll_N) ** 0.5) if len(nll_N) > 1 else None,
+    }
+
+
+def _against_sentence(arm: str, against: dict[str, Any]) -> str:
+    points = 100 * against["difference"]
+    interval = against["interval"]
+    sure = f" (95 % {100 * interval[0]:+.1f} to {100 * interval[1]:+.1f})" if interval else ""
+    error = against["nll_standard_error"]
+    nll = f"NLL {against['nll_difference']:+.3f}" + (f" ± {error:.3f}" if error is not None else "")
+    judged = "no difference that these images can show"
+    if interval and interval[0] > 0:
+        judged = "better here"
+    elif interval and interval[1] < 0:
+        judged = "worse here"
+    return (
+        f"`{arm}` against plain fine-tuning (`ce`) on {against['num_samples']} validation images: {points:+.1f} points"
+        f" mean per class{sure}, {nll}: {judged}. One draw; `tes compare` tells how sure."
+    )
 
 
 def predict(

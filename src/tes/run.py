@@ -3,6 +3,9 @@
 run.json (written last)  config.yaml  env.json  classes.json  metrics.jsonl  timing.jsonl  splits.csv
 predictions/{train,val,test}.npz  per_class_{val,test}.csv  model.safetensors  preprocess.json
 text_head.safetensors  start_head.safetensors  thumbnails/  README.md
+
+A cell of a comparison leaves out what all cells share: run.json names those files (`shared`), by content, and they lie
+once in the comparison's folder `shared/`. `Run.file` finds a file wherever it is.
 """
 
 from __future__ import annotations
@@ -27,9 +30,12 @@ FORMAT = 1
 CONTENTS = frozenset(
     {"run.json", "config.yaml", "env.json", "classes.json", "metrics.jsonl", "timing.jsonl", "splits.csv", "README.md"}
     | {"predictions", "per_class_val.csv", "per_class_test.csv", "thumbnails", "preprocess.json"}
-    | {"model.safetensors", "text_head.safetensors", "start_head.safetensors"}
+    | {"model.safetensors", "text_head.safetensors", "start_head.safetensors", "head.safetensors"}
 )
 """All that a run folder holds: a folder with anything else in it is never replaced."""
+
+
+_SHARED_NAME = re.compile(r"[a-z_]+-[0-9a-f]{64}\.[a-z]+")
 
 
 @dataclass(frozen=True)
@@ -91,6 +97,20 @@ class Run:
         except (TypeError, KeyError):
             raise RunError(f"`{self.path / 'classes.json'}` does not list classes.") from None
         return rows
+
+    def file(self, name: str) -> Path:
+        """Return where a file of the run is: in its folder, or, for a cell of a comparison, in `shared/`.
+
+        Raises:
+            RunError: run.json names a shared file in a way that no comparison writes.
+        """
+        shared = self.summary.get("shared")
+        if not isinstance(shared, dict) or name not in shared:
+            return self.path / name
+        stored = str(shared[name])
+        if not _SHARED_NAME.fullmatch(stored):
+            raise RunError(f"`{self.path / 'run.json'}` names the shared file `{stored}`, which no comparison writes.")
+        return self.path.parents[2] / "shared" / stored
 
     @property
     def metrics(self) -> dict[str, Any]:

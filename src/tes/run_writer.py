@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import csv
+import hashlib
 import io
 import os
 import platform
 import sys
-from collections.abc import Sequence
+import tempfile
+from collections.abc import Callable, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -23,7 +25,7 @@ from tes.data.dataset import Dataset
 from tes.engine.fit import Fitted
 from tes.engine.solve import LinearHead
 from tes.errors import RunError
-from tes.files import replacing, write_atomic, write_json
+from tes.files import replacing, sha256_file, write_atomic, write_json
 from tes.metrics import evaluate_split, write_per_class_csv
 from tes.models.image_settings import ImageSettings
 from tes.predictions import Predictions
@@ -36,21 +38,51 @@ THUMBNAIL_SIDE = 96
 PACKAGES = ("tes-vision", "torch", "torchvision", "timm", "transformers", "safetensors", "numpy", "pillow", "pydantic")
 
 
-def write_inputs(folder: Path, config: Config, dataset: Dataset, images: ImageSettings) -> None:
-    """Write what the run is about to learn from: settings, machine, splits, thumbnails."""
+class Shared:
+    """What all cells of a comparison have in common, kept once, by content, in the comparison's folder `shared/`."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._names: dict[Any, str] = {}
+
+    def keep(self, name: str, key: Any, write: Callable[[Path], None]) -> str:
+        """Return the name under which a file is kept, after writing it if no file of this content is there.
+
+        Args:
+            name: As in a run folder, `text_head.safetensors`.
+            key: Equal keys mean equal content: saves writing it again only to find it there.
+            write: Writes the file.
+        """
+        if (name, key) not in self._names:
+            stem, _, suffix = name.partition(".")
+            self.folder.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryDirectory(prefix=".", dir=self.folder) as scratch:
+                written = Path(scratch) / name
+                write(written)
+                stored = f"{stem}-{sha256_file(written)}.{suffix}"
+                written.replace(self.folder / stored)
+            self._names[name, key] = stored
+        return self._names[name, key]
+
+
+def write_inputs(folder: Path, config: Config, images: ImageSettings) -> None:
+    """Write what the run is about to be: settings, machine, how images are prepared."""
     write_atomic(folder / "config.yaml", config.to_yaml())
     write_json(folder / "env.json", environment())
     write_json(folder / "preprocess.json", images.to_dict())
+
+
+def write_splits(path: Path, dataset: Dataset) -> None:
+    """Write which image is in which split."""
     out = io.StringIO()
     table = csv.writer(out, lineterminator="\n")
     table.writerow(["path", "label", "split", "group", "sha1"])
     labels = [info.label for info in dataset.classes]
-    for path, label, split, group, sha1 in zip(
+    for path_, label, split, group, sha1 in zip(
         dataset.paths, dataset.labels, dataset.splits, dataset.groups, dataset.sha1s
     ):
-        table.writerow([path, labels[label], split, group or "", sha1])
-    write_atomic(folder / "splits.csv", out.getvalue())
-    _write_thumbnails(folder / "thumbnails", dataset)
+        table.writerow([path_, labels[label], split, group or "", sha1])
+    write_atomic(path, out.getvalue())
 
 
 def write_classes(
@@ -68,7 +100,8 @@ def write_classes(
         if info.coarse is not None:
             row["coarse"] = info.coarse
         if sources is not None:
-            row["source"] = {"name": sources[index].name, "cosine": round(sources[index].cosine, 4)}
+            source = sources[index]
+            row["source"] = {"name": source.name, "cosine": round(source.cosine, 4), "known": source.known}
         if trust_C is not None:
             row["trust"] = round(trust_C[index].item(), 6)
         rows.append(row)
@@ -96,20 +129,54 @@ def coarse_names(dataset: Dataset) -> list[str] | None:
     return None if any(name is None for name in names) else names
 
 
-def write_model(folder: Path, fitted: Fitted, text: TextClassifier | None) -> None:
+def write_model(folder: Path, fitted: Fitted, text: TextClassifier | None, shared: Shared | None) -> dict[str, str]:
     """Save the shipped model, the head it started from and, where there is one, the text head.
 
     No time stamp and no path goes into the files: equal training gives equal bytes.
+
+    Args:
+        folder: The run's.
+        fitted: What was trained.
+        text: Its text classifier.
+        shared: For a cell with a solved head: backbone and text head are kept there, the cell holds its head alone.
+
+    Returns:
+        File of the run to its name in `shared/`.
     """
     learner = fitted.learner
-    model = {f"backbone.{name}": tensor for name, tensor in learner.backbone.network.state_dict().items()}
     head = learner.linear_head()
-    _save_tensors(folder / "model.safetensors", model | {"head.weight": head.weight_CF, "head.bias": head.bias_C})
-    write_head(folder / "start_head.safetensors", fitted.start.head)
+    head_tensors = {"head.weight": head.weight_CF, "head.bias": head.bias_C}
+    network = learner.backbone.network
     text_head = getattr(learner.objective, "text_head", None)
+    text_tensors = None
     if text_head is not None and text is not None:
-        centre_D = None if text.centre is None else torch.from_numpy(text.centre)
-        _save_tensors(folder / "text_head.safetensors", text_head.tensors(centre_D))
+        text_tensors = text_head.tensors(None if text.centre is None else torch.from_numpy(text.centre))
+    if shared is None:
+        model = {f"backbone.{name}": tensor for name, tensor in network.state_dict().items()}
+        _save_tensors(folder / "model.safetensors", model | head_tensors)
+        write_head(folder / "start_head.safetensors", fitted.start.head)
+        if text_tensors is not None:
+            _save_tensors(folder / "text_head.safetensors", text_tensors)
+        return {}
+    _save_tensors(folder / "head.safetensors", head_tensors)
+    backbone = {f"backbone.{name}": tensor for name, tensor in network.state_dict().items()}
+    kept = {
+        "backbone.safetensors": shared.keep(
+            "backbone.safetensors", learner.backbone.fingerprint, lambda path: _save_tensors(path, backbone)
+        )
+    }
+    if text_tensors is not None:
+        kept["text_head.safetensors"] = shared.keep(
+            "text_head.safetensors", _fingerprint(text_tensors), lambda path: _save_tensors(path, text_tensors)
+        )
+    return kept
+
+
+def _fingerprint(tensors: dict[str, Tensor]) -> str:
+    digest = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        digest.update(name.encode() + tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
 
 
 def write_head(path: Path, head: LinearHead) -> None:
@@ -146,7 +213,7 @@ def _save_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
             raise RunError(f"`{path}` cannot be written: {problem}.") from None
 
 
-def _write_thumbnails(folder: Path, dataset: Dataset) -> None:
+def write_thumbnails(folder: Path, dataset: Dataset) -> None:
     """Keep small copies of up to 200 images, spread over the classes, for reports that lack the data."""
     order = {"test": 0, "val": 1, "train": 2, "unused": 3}
     by_class = [
@@ -154,7 +221,7 @@ def _write_thumbnails(folder: Path, dataset: Dataset) -> None:
         for label in range(dataset.num_classes)
     ]
     rounds = [members[k] for k in range(max(map(len, by_class))) for members in by_class if k < len(members)]
-    folder.mkdir(exist_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
     for index in rounds[:MAX_THUMBNAILS]:
         image = dataset.read_image(int(index))
         image.thumbnail((THUMBNAIL_SIDE, THUMBNAIL_SIDE))

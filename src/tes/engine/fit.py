@@ -69,6 +69,7 @@ def fit(
     log: Callable[[dict[str, Any]], None] = lambda row: None,
     evaluate: Callable[[Learner], dict[str, Any]] | None = None,
     num_evaluations: int = 5,
+    keep_best: bool = False,
 ) -> Fitted:
     """Train on the images `indices`.
 
@@ -79,6 +80,7 @@ def fit(
         log: Called with rows for metrics.jsonl.
         evaluate: Scores the learner as it stands; called `num_evaluations` times over a training of the whole network.
         num_evaluations: How often.
+        keep_best: End with the weights that `evaluate` liked best (mean per class), not with the last ones.
     """
     seed_everything(config.seed)
     dataset, compute = given.dataset, given.features.compute
@@ -121,7 +123,7 @@ def fit(
     learner = Learner(copy.deepcopy(backbone), start.head, objective, compute)
     compute.place(learner)
     figures = {} if features_NF is None else objective.warm_start(features_NF, target_NC)
-    _step(learner, config, dataset, indices, log, evaluate, num_evaluations)
+    _step(learner, config, dataset, indices, log, evaluate, num_evaluations, keep_best)
     return Fitted(learner, start, start.trust_C, figures)
 
 
@@ -147,13 +149,14 @@ def _step(
     log: Callable[[dict[str, Any]], None],
     evaluate: Callable[[Learner], dict[str, Any]] | None,
     num_evaluations: int,
+    keep_best: bool,
 ) -> None:
     num_steps = config.optim.num_steps
     assert num_steps is not None, "settle() has decided it"
     per_epoch = steps_per_epoch(len(indices), config.optim.batch_size)
-    evaluate_at = {
-        math.ceil(num_steps * k / num_evaluations) for k in range(1, num_evaluations)
-    }  # the end is scored anyway
+    last = num_evaluations if keep_best else num_evaluations - 1  # the end is scored anyway
+    evaluate_at = {math.ceil(num_steps * k / num_evaluations) for k in range(1, last + 1)}
+    best: dict[str, Any] = {"figure": -1.0, "state": None}
     batches = train_batches(
         dataset,
         indices,
@@ -181,7 +184,11 @@ def _step(
         heads = evaluate(learner)
         log({"split": "val", "step": step, "epoch": round(step / per_epoch, 4), "heads": heads})
         shown = ", ".join(f"{head} {figures['mean_per_class']:.1%}" for head, figures in heads.items())
-        console.note(f"step {step}/{num_steps}: val mean per class {shown}")
+        console.note(f"step {step}/{num_steps}: mean per class {shown}")
+        figure = heads[learner.objective.default_head]["mean_per_class"]
+        if keep_best and figure > best["figure"]:
+            state = {name: tensor.detach().cpu().clone() for name, tensor in learner.state_dict().items()}
+            best.update(figure=figure, state=state)
 
     loop.fit(
         learner,
@@ -193,4 +200,6 @@ def _step(
         evaluate=score,
         evaluate_at=evaluate_at if evaluate is not None else (),
     )
+    if best["state"] is not None:
+        learner.load_state_dict(best["state"])
     learner.backbone.refresh_fingerprint()  # other weights, other features: none may be found under the old name

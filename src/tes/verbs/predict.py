@@ -148,7 +148,7 @@ def load_learner(run: Run, *, backbone: str | None, network: nn.Module | None, c
         raise RunError(f"`{run.path / 'config.yaml'}` does not name a backbone that can be built: {what}.") from None
     name, kwargs = recorded.name, recorded.kwargs
     images = ImageSettings.from_dict(read_json(run.path / "preprocess.json", RunError))
-    weights = read_weights(run.path / "model.safetensors")
+    weights = _model_weights(run)
     if network is None:
         if ":" in name:
             if backbone is None:
@@ -167,7 +167,7 @@ def load_learner(run: Run, *, backbone: str | None, network: nn.Module | None, c
     try:
         head = LinearHead(weights["head.weight"], weights["head.bias"])
     except KeyError as missing:
-        raise RunError(f"`{run.path / 'model.safetensors'}` has no {missing}.") from None
+        raise RunError(f"The model of `{run.path}` has no {missing}.") from None
     if head.weight_CF.shape != (num_classes, model.num_features) or head.bias_C.shape != (num_classes,):
         raise RunError(
             f"The head in `{run.path}` is {tuple(head.weight_CF.shape)} + {tuple(head.bias_C.shape)}, but the run has"
@@ -177,6 +177,12 @@ def load_learner(run: Run, *, backbone: str | None, network: nn.Module | None, c
         raise RunError(f"The head in `{run.path}` is not finite; the file is damaged.")
     learner = Learner(model, head, _saved_heads(run, model.num_features, num_classes), compute)
     return compute.place(learner).eval()
+
+
+def _model_weights(run: Run) -> dict[str, Tensor]:
+    if "backbone.safetensors" in (run.summary.get("shared") or {}):  # a cell of a comparison
+        return read_weights(run.file("backbone.safetensors")) | read_weights(run.path / "head.safetensors")
+    return read_weights(run.path / "model.safetensors")
 
 
 class _SavedHeads(Objective):
@@ -192,7 +198,7 @@ class _SavedHeads(Objective):
 
 
 def _saved_heads(run: Run, num_features: int, num_classes: int) -> _SavedHeads:
-    path = run.path / "text_head.safetensors"
+    path = run.file("text_head.safetensors")
     if not path.is_file():
         return _SavedHeads(None)
     tensors = read_weights(path)

@@ -15,13 +15,17 @@ from tes.run import Run, claim
 from tes.settle import check_needs
 
 
-def train(config: Config, *, network: nn.Module | None = None, overwrite: bool = False) -> Run:
+def train(
+    config: Config, *, network: nn.Module | None = None, overwrite: bool = False, against: bool | None = None
+) -> Run:
     """Fine-tune on labelled images and return the finished run.
 
     Args:
         config: All settings; see `tes.load_config`.
         network: Your own pre-trained module, in place of one built from `config.backbone.name`.
         overwrite: Replace the run that stands in `config.out`.
+        against: Train plain fine-tuning (`ce` from `probe`) as well and say on val how far this run is from it; None:
+            where it takes seconds.
 
     Raises:
         TesError: A sentence about the input or the environment; nothing is left half-written.
@@ -30,7 +34,7 @@ def train(config: Config, *, network: nn.Module | None = None, overwrite: bool =
     source = user_path(config.data.source)
     _refuse_out_among_images(user_path(config.out or "runs"), source)
     with claim(config.out, f"{source.resolve().stem}-{config.arm}", overwrite) as claimed:
-        run_job(config, Loaded.open(config, network), claimed.path, on_ready=claimed.keep)
+        run_job(config, Loaded.open(config, network), claimed.path, against=against, on_ready=claimed.keep)
     return Run.open(claimed.path)
 
 

@@ -1,0 +1,434 @@
+"""A comparison, read back from its cells: the table, and what it says about each arm in figures and sentences.
+
+compare.json (the plan)  table.csv  trials.csv  summary.json  shared/  cells/<shots>-s<seed>/<arm>/ (run folders)
+
+Reads run folders only; torch is not needed. Shapes: n images of a cell, C classes.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from tes.errors import RunError
+from tes.files import read_json, write_atomic, write_json
+from tes.run import Run
+from tes.statistics import MIN_SEEDS, Answers, Effect, bootstrap_images, holm, paired, sentence
+
+FORMAT = 1
+BASELINE = "ce"
+COLUMNS = (
+    "dataset", "backbone", "text", "shots", "fraction", "protocol", "split", "arm", "objective", "preset", "start",
+    "seed", "head", "default_head", "num_classes", "num_train", "num_val", "top1", "mean_per_class", "nll", "ece",
+    "run",
+)  # fmt: skip
+FIGURES = ("mean_per_class", "top1", "nll", "ece", "coarse_top1")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a comparison consists of.
+
+    Attributes:
+        arms: As the user typed them.
+        added: Those that credit needs beside them.
+        shots: "1", "2", "all", "15%", in order.
+        seeds: First to last.
+        single: Arms that are run once at full data, since nothing in them depends on the seed.
+        starts: Arm to its start, resolved.
+        protocol: `val-selected` or `paper`.
+        split: `test` or `val`.
+        num_trials: Per arm and cell.
+        settings: What every cell has in common, as plain values: a comparison is continued with the same ones only.
+        skipped: Shots to why they are left out.
+    """
+
+    arms: tuple[str, ...]
+    added: tuple[str, ...]
+    shots: tuple[str, ...]
+    seeds: tuple[int, ...]
+    single: tuple[str, ...]
+    starts: Mapping[str, str]
+    protocol: str
+    split: str
+    num_trials: int
+    settings: Mapping[str, Any]
+    skipped: Mapping[str, str]
+
+    def cells(self) -> list[tuple[str, int, str]]:
+        """Return (shots, seed, arm) of every cell; arms that can share what they solve come one after another."""
+        return [
+            (shots, seed, arm)
+            for shots in self.shots
+            for seed in self.seeds
+            for arm in (*self.arms, *self.added)
+            if shots != "all" or arm not in self.single or seed == self.seeds[0]
+        ]
+
+
+def cell_folder(root: Path, shots: str, seed: int, arm: str) -> Path:
+    """Return where a cell lies."""
+    return root / "cells" / f"{shots.replace('%', 'pct')}-s{seed}" / re.sub(r"[^\w@+.-]+", "_", arm)
+
+
+class Comparison:
+    """A comparison's folder, with all of its cells finished."""
+
+    def __init__(self, path: Path, plan: Plan) -> None:
+        self.path, self.plan = path, plan
+
+    @staticmethod
+    def open(path: str | Path) -> Comparison:
+        """Open a comparison's folder.
+
+        Raises:
+            RunError: There is none, it is not finished, or it is damaged.
+        """
+        folder = Path(path)
+        if not (folder / "compare.json").is_file():
+            raise RunError(f"`{folder}` is not a comparison: there is no compare.json in it.")
+        comparison = Comparison(folder, read_plan(folder))
+        if not (folder / "summary.json").is_file():
+            raise RunError(f"The comparison `{folder}` is not finished; run the same `tes compare` again to continue.")
+        return comparison
+
+    def run(self, shots: str, seed: int, arm: str) -> Run:
+        """Return a cell; of an arm that is run once, that one run for every seed."""
+        if shots == "all" and arm in self.plan.single:
+            seed = self.plan.seeds[0]
+        key = (shots, seed, arm)
+        if key not in self._runs:
+            self._runs[key] = Run.open(cell_folder(self.path, *key))
+        return self._runs[key]
+
+    @cached_property
+    def _runs(self) -> dict[tuple[str, int, str], Run]:
+        return {}
+
+    @cached_property
+    def classes(self) -> list[dict[str, Any]]:
+        """The classes, with their nearest source names where some arm used a text prior."""
+        first = (self.plan.shots[0], self.plan.seeds[0])
+        by_arm = [self.run(*first, arm).classes for arm in (*self.plan.arms, *self.plan.added)]
+        return next((rows for rows in by_arm if "source" in rows[0]), by_arm[0])
+
+    @cached_property
+    def known(self) -> np.ndarray | None:
+        """(C,) bool: which class names the source head knows; None where no arm used a text prior."""
+        if "source" not in self.classes[0]:
+            return None
+        return np.array([bool(row["source"].get("known")) for row in self.classes])
+
+    def answers(self, shots: str, seed: int, arm: str) -> Answers:
+        """Return which images the arm's default head got right."""
+        key = (shots, seed if not (shots == "all" and arm in self.plan.single) else self.plan.seeds[0], arm)
+        if key not in self._answers:
+            run = self.run(*key)
+            self._answers[key] = Answers.of(run.predictions(self.plan.split), run.summary["default_head"])
+        return self._answers[key]
+
+    @cached_property
+    def _answers(self) -> dict[tuple[str, int, str], Answers]:
+        return {}
+
+
+def table_rows(comparison: Comparison) -> list[dict[str, Any]]:
+    """Return the rows of table.csv: one per cell and head."""
+    plan, rows = comparison.plan, []
+    for shots, seed, arm in plan.cells():
+        run = comparison.run(shots, seed, arm)
+        summary, settings = run.summary, run.settings
+        for head, figures in run.metrics[plan.split].items():
+            common = {
+                "dataset": summary["data"],
+                "backbone": summary["backbone"]["name"],
+                "text": settings["text"]["encoder"],
+                "shots": shots,
+                "fraction": settings["data"].get("fraction"),
+                "protocol": summary.get("protocol"),
+                "split": plan.split,
+                "arm": arm,
+                "objective": settings["objective"]["name"],
+                "preset": settings["objective"].get("preset"),
+                "start": summary["start"],
+                "seed": seed,
+                "head": head,
+                "default_head": summary["default_head"],
+                "num_classes": summary["num_classes"],
+                "num_train": summary["num_train"],
+                "num_val": summary["num_val"],
+                "run": run.path.relative_to(comparison.path).as_posix(),
+            }
+            rows.append(common | {name: figures[name] for name in FIGURES if name in figures})
+    return rows
+
+
+def summarise(comparison: Comparison) -> dict[str, Any]:
+    """Return summary.json: for every arm its figures, its effect against `ce`, the credit, and sentences."""
+    plan = comparison.plan
+    everyone = (*plan.arms, *plan.added)
+    effects = _effects(comparison, everyone, BASELINE)
+    arms: dict[str, Any] = {}
+    for arm in everyone:
+        entry: dict[str, Any] = {
+            "start": plan.starts[arm],
+            "typed": arm in plan.arms,
+            "figures": {shots: _figures(comparison, shots, arm) for shots in plan.shots},
+        }
+        if arm in effects:
+            entry["effect"] = effects[arm].to_dict()
+            entry["by_shots"] = {shots: _paired_only(comparison, (shots,), arm) for shots in plan.shots}
+            for name, chosen in _parts(comparison):
+                entry[name] = {shots: _paired_only(comparison, (shots,), arm, chosen) for shots in plan.shots} | {
+                    "mean": _paired_only(comparison, plan.shots, arm, chosen)
+                }
+            if credit := _credit(comparison, arm, everyone):
+                entry["credit"] = credit
+            entry["sentence"] = _sentence(comparison, arm, effects[arm], entry.get("credit"))
+        arms[arm] = entry
+    return {
+        "format": FORMAT,
+        "dataset": comparison.run(plan.shots[0], plan.seeds[0], everyone[0]).summary["data"],
+        "split": plan.split,
+        "protocol": plan.protocol,
+        "num_trials": plan.num_trials,
+        "shots": list(plan.shots),
+        "seeds": list(plan.seeds),
+        "num_known_names": None if comparison.known is None else int(comparison.known.sum()),
+        "arms": arms,
+        "notes": _notes(comparison),
+        "sentences": [entry["sentence"] for entry in arms.values() if entry["typed"] and "sentence" in entry],
+    }
+
+
+def write_results(comparison: Comparison) -> dict[str, Any]:
+    """Write table.csv, trials.csv and, last, summary.json; return the summary."""
+    _write_csv(comparison.path / "table.csv", COLUMNS, table_rows(comparison))
+    if comparison.plan.num_trials > 1:
+        columns = ("arm", "shots", "seed", "trial", "selected", "nll", "mean_per_class", "settings")
+        _write_csv(comparison.path / "trials.csv", columns, _trial_rows(comparison))
+    summary = summarise(comparison)
+    write_json(comparison.path / "summary.json", summary)
+    return summary
+
+
+def render(summary: Mapping[str, Any]) -> str:
+    """Return the comparison as text for people: mean per class over shots, differences, sentences."""
+    shots = summary["shots"]
+    width = max(len(arm) for arm in summary["arms"]) + 2
+    label = "test-selected, protocol `paper`" if summary["protocol"] == "paper" else "val-selected"
+    lines = [
+        f"{summary['dataset']}: mean per class on {summary['split']} ({label}), %, mean (lowest to highest) over"
+        f" {len(summary['seeds'])} seeds from {summary['seeds'][0]}; differences to `{BASELINE}` in points",
+        "",
+        f"{'shots':{width}}"
+        + "".join(f"{shot:>24}" for shot in shots)
+        + f"{'difference (95 %)':>26}{'NLL':>8}{'ECE':>8}",
+    ]
+    for arm, entry in summary["arms"].items():
+        cells = []
+        for shot in shots:
+            figures = entry["figures"][shot]["mean_per_class"]
+            spread = f" ({100 * figures['low']:.1f} to {100 * figures['high']:.1f})" if figures["num"] > 1 else ""
+            cells.append(f"{100 * figures['mean']:.1f}{spread}")
+        effect = entry.get("effect")
+        shown = ""
+        if effect is not None:
+            shown = f"{100 * effect['mean']:+.2f}"
+            if effect["low"] is not None:
+                shown += f" ({100 * effect['low']:+.2f} to {100 * effect['high']:+.2f})"
+        nll, ece = (np.mean([entry["figures"][shot][name]["mean"] for shot in shots]) for name in ("nll", "ece"))
+        mark = "" if entry["typed"] else " *"
+        lines.append(
+            f"{arm + mark:{width}}" + "".join(f"{cell:>24}" for cell in cells) + f"{shown:>26}{nll:8.3f}{ece:8.3f}"
+        )
+    if not all(entry["typed"] for entry in summary["arms"].values()):
+        lines.append("* added, to tell what the gain is owed to")
+    return "\n".join([*lines, "", *summary["sentences"], *summary["notes"]])
+
+
+def read_plan(folder: Path) -> Plan:
+    """Return the plan of a comparison's folder.
+
+    Raises:
+        RunError: It is damaged, or of another format.
+    """
+    stored = read_json(folder / "compare.json", RunError)
+    try:
+        if stored["format"] != FORMAT:
+            raise RunError(f"`{folder}` has format {stored['format']!r}; this version reads format {FORMAT}.")
+        lists = {name: tuple(stored[name]) for name in ("arms", "added", "shots", "seeds", "single")}
+        others = {name: stored[name] for name in ("starts", "protocol", "split", "num_trials", "settings", "skipped")}
+    except (KeyError, TypeError):
+        raise RunError(f"`{folder / 'compare.json'}` is not the plan of a comparison.") from None
+    return Plan(**lists, **others)
+
+
+def write_plan(folder: Path, plan: Plan) -> None:
+    """Write the plan, so that the comparison can be continued."""
+    write_json(
+        folder / "compare.json", {"format": FORMAT, **{name: getattr(plan, name) for name in Plan.__annotations__}}
+    )
+
+
+def _effects(comparison: Comparison, arms: Sequence[str], baseline: str) -> dict[str, Effect]:
+    """Return every arm's effect against the baseline; Holm's correction is over the arms that the user typed."""
+    plan = comparison.plan
+    others = [arm for arm in arms if arm != baseline]
+    over_seeds = {arm: paired(*_differences(comparison, plan.shots, arm, baseline)) for arm in others}
+    typed = [arm for arm in others if arm in plan.arms]
+    adjusted = dict(zip(typed, holm([over_seeds[arm].p for arm in typed])))
+    effects = {}
+    for arm in others:
+        pairs = [
+            (comparison.answers(shots, seed, arm), comparison.answers(shots, seed, baseline))
+            for shots in plan.shots
+            for seed in plan.seeds
+        ]
+        effects[arm] = Effect.of(over_seeds[arm], adjusted.get(arm), bootstrap_images(pairs))
+    return effects
+
+
+def _differences(
+    comparison: Comparison, shots: Sequence[str], arm: str, baseline: str, chosen: np.ndarray | None = None
+) -> tuple[list[float], bool]:
+    """Return arm - baseline per seed, the mean over shots, and whether either side has a seed."""
+    plan = comparison.plan
+    is_single = set(shots) == {"all"} and {arm, baseline} <= set(plan.single)
+    seeds = plan.seeds[:1] if is_single else plan.seeds
+    values = [
+        np.mean([_mean_per_class(comparison, shot, seed, arm, chosen) for shot in shots])
+        - np.mean([_mean_per_class(comparison, shot, seed, baseline, chosen) for shot in shots])
+        for seed in seeds
+    ]
+    return [float(value) for value in values], not is_single
+
+
+def _mean_per_class(comparison: Comparison, shots: str, seed: int, arm: str, chosen: np.ndarray | None = None) -> float:
+    answers = comparison.answers(shots, seed, arm)
+    num_classes = len(comparison.classes)
+    num_C = np.bincount(answers.labels, minlength=num_classes)
+    correct_C = np.bincount(answers.labels, weights=answers.is_correct, minlength=num_classes)
+    counted = num_C > 0 if chosen is None else (num_C > 0) & chosen
+    return float((correct_C[counted] / num_C[counted]).mean()) if counted.any() else float("nan")
+
+
+def _paired_only(
+    comparison: Comparison, shots: Sequence[str], arm: str, chosen: np.ndarray | None = None
+) -> dict[str, Any] | None:
+    """Return the difference to `ce` with its t interval, for a part of the shots or of the classes."""
+    differences, has_seeds = _differences(comparison, shots, arm, BASELINE, chosen)
+    if not np.isfinite(differences).all():  # none of these classes was scored
+        return None
+    result = paired(differences, has_seeds)
+    return {name: getattr(result, name) for name in ("mean", "low", "high", "num_seeds", "wins", "ties", "losses")}
+
+
+def _parts(comparison: Comparison) -> list[tuple[str, np.ndarray]]:
+    known = comparison.known
+    if known is None:
+        return []
+    return [(name, part) for name, part in (("known_names", known), ("other_names", ~known)) if part.any()]
+
+
+def _credit(comparison: Comparison, arm: str, arms: Sequence[str]) -> dict[str, float] | None:
+    """Return how much of an arm's effect its start has without the objective, and how much the objective adds."""
+    start = comparison.plan.starts[arm]
+    plain = next(
+        (other for other in arms if _objective(other) == BASELINE and comparison.plan.starts[other] == start), None
+    )
+    if plain is None or _objective(arm) == BASELINE:
+        return None
+    shots = comparison.plan.shots
+    objective = float(np.mean(_differences(comparison, shots, arm, plain)[0]))
+    if plain == BASELINE:
+        return {"the objective": objective}
+    from_start = float(np.mean(_differences(comparison, shots, plain, BASELINE)[0]))
+    name = "the text prior" if "prior" in start else f"the start `{start}`"
+    return {name: from_start, "the objective": objective}
+
+
+def _objective(arm: str) -> str:
+    return arm.partition("+")[0]
+
+
+def _sentence(comparison: Comparison, arm: str, effect: Effect, credit: Mapping[str, float] | None) -> str:
+    subject = "text supervision" if arm == "tes" else f"`{arm}`"
+    return sentence(subject, effect, credit if credit and len(credit) > 1 else None, _draws_overlap(comparison)) + "."
+
+
+def _draws_overlap(comparison: Comparison) -> bool:
+    """Whether a seed draws more than half of the pool: seeds then share most of their images."""
+    plan = comparison.plan
+    for shots in plan.shots:
+        if shots == "all":
+            continue
+        summary = comparison.run(shots, plan.seeds[0], plan.arms[0]).summary
+        if summary["num_train"] + summary["num_val"] > 0.5 * summary.get("num_pool", float("inf")):
+            return True
+    return False
+
+
+def _figures(comparison: Comparison, shots: str, arm: str) -> dict[str, Any]:
+    """Return mean, lowest and highest over seeds of the default head's metrics."""
+    plan = comparison.plan
+    seeds = plan.seeds[:1] if shots == "all" and arm in plan.single else plan.seeds
+    runs = [comparison.run(shots, seed, arm) for seed in seeds]
+    heads = [run.metrics[plan.split][run.summary["default_head"]] for run in runs]
+    result = {}
+    for name in FIGURES:
+        values = [head[name] for head in heads if name in head]
+        if values:
+            result[name] = {
+                "mean": float(np.mean(values)), "low": min(values), "high": max(values), "num": len(values)
+            }  # fmt: skip
+    return result
+
+
+def _notes(comparison: Comparison) -> list[str]:
+    plan = comparison.plan
+    notes = []
+    for shots in plan.shots:
+        summary = comparison.run(shots, plan.seeds[0], plan.arms[0]).summary
+        labels = summary["num_train"] + summary["num_val"]
+        uses = f"{summary['num_train']} to train on, {summary['num_val']} to choose with"
+        notes.append(f"Labels used at {shots} shots: {labels} ({uses}), the same for every arm.")
+    notes += [f"Left out: {shots} shots: {why}" for shots, why in plan.skipped.items()]
+    if plan.split == "val":
+        notes.append("Scored on images outside the test split, which was not opened.")
+    if len(plan.seeds) < MIN_SEEDS and set(plan.shots) != {"all"}:
+        notes.append(f"{len(plan.seeds)} seeds judge nothing; use --seeds 10.")
+    return notes
+
+
+def _trial_rows(comparison: Comparison) -> Iterable[dict[str, Any]]:
+    for shots, seed, arm in comparison.plan.cells():
+        summary = comparison.run(shots, seed, arm).summary
+        for number, trial in enumerate(summary.get("trials", ())):
+            yield {
+                "arm": arm,
+                "shots": shots,
+                "seed": seed,
+                "trial": number,
+                "selected": number == summary["selected_trial"],
+                "nll": trial.get("nll"),
+                "mean_per_class": trial.get("mean_per_class"),
+                "settings": json.dumps(trial["settings"]),
+            }
+
+
+def _write_csv(path: Path, columns: Sequence[str], rows: Iterable[Mapping[str, Any]]) -> None:
+    out = io.StringIO()
+    table = csv.DictWriter(out, columns, extrasaction="ignore", lineterminator="\n")
+    table.writeheader()
+    table.writerows({name: "" if row.get(name) is None else row.get(name) for name in columns} for row in rows)
+    write_atomic(path, out.getvalue())

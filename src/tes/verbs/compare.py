@@ -1,0 +1,284 @@
+"""Arms under equal conditions: the same splits, seeds and trials for all; each cell a run folder, never done twice."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from tes import console, data
+from tes.comparison import BASELINE, Comparison, Plan, cell_folder, read_plan, write_plan, write_results
+from tes.config import PRIOR_STARTS, Config, arm_flags, load_config
+from tes.errors import ConfigError, DataError, RunError, listing
+from tes.files import user_path
+from tes.job import Loaded, Protocol, run_job
+from tes.objectives import objectives
+from tes.run_writer import Shared, write_thumbnails
+from tes.settle import check_needs, settle
+
+PROTOCOLS = {"val": "val-selected", "paper": "paper"}
+OWN_KEYS = ("objective", "start", "seed", "out", "data.shots", "data.fraction", "refit")
+"""Settings that a comparison varies itself, or that have no place in one."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What all arms share: as for `load_config`, from which every cell's settings are made."""
+
+    file: Path | None = None
+    flags: Mapping[str, Any] = field(default_factory=dict)
+    assignments: Sequence[str] = ()
+
+    def config(self, arm: str, shots: str, seed: int) -> Config:
+        """Return a cell's settings.
+
+        Raises:
+            ConfigError: The arm, the shots or another setting is wrong.
+        """
+        own = {**arm_flags(arm), **_subset(shots), "seed": seed, "refit": "none"}
+        return load_config(self.file, {**self.flags, **own}, self.assignments)
+
+
+def compare(
+    settings: Settings,
+    arms: Sequence[str],
+    *,
+    shots: Sequence[str] = ("all",),
+    num_seeds: int = 3,
+    first_seed: int = 0,
+    num_trials: int = 1,
+    split: str = "test",
+    protocol: str = "val",
+    out: str | None = None,
+    network: nn.Module | None = None,
+) -> tuple[Comparison, dict[str, Any]]:
+    """Train every arm at every number of shots from every seed, and return the comparison and its summary.
+
+    An interrupted comparison continues where it was when it is started again; finished cells are kept.
+
+    Args:
+        settings: What all arms share.
+        arms: `NAME[@PRESET][+START]`; `ce` is added where it is missing, and what credit needs.
+        shots: Numbers, `all`, or shares such as `15%`.
+        num_seeds: How many seeds.
+        first_seed: From which one on.
+        num_trials: Of the search, the same for every arm; 1: the defaults.
+        split: `test`, or `val` for designing defaults: test is then never opened.
+        protocol: `val`, or `paper`: chosen on test, and labelled so.
+        out: The comparison's folder; None: `runs/<data>-compare`.
+        network: Your own pre-trained module.
+
+    Raises:
+        TesError: A sentence about the input; or the folder holds a comparison with other settings.
+    """
+    _check(arms, shots, num_seeds, num_trials, split, protocol)
+    first = settings.config(arms[0], shots[0], first_seed)
+    for arm in arms:
+        config = settings.config(arm, shots[0], first_seed)
+        check_needs(config, objectives.get(config.objective.name))
+    source = user_path(first.data.source)
+    folder = user_path(out) if out is not None else Path("runs") / f"{source.resolve().stem}-compare"
+    with console.quiet():
+        loaded = Loaded.open(first, network)
+    plan = _plan(settings, loaded, arms, shots, range(first_seed, first_seed + num_seeds), num_trials, split, protocol)
+    for shot, why in plan.skipped.items():
+        console.warn(f"{shot} shots are left out: {why}")
+    _continue_or_start(folder, plan)
+    how = Protocol(PROTOCOLS[protocol], split, num_trials)
+    shared = Shared(folder / "shared")
+    if not (folder / "shared" / "thumbnails").is_dir():
+        write_thumbnails(folder / "shared" / "thumbnails", loaded.dataset)
+    cells = plan.cells()
+    missing = [cell for cell in cells if not (cell_folder(folder, *cell) / "run.json").is_file()]
+    if missing and len(missing) < len(cells):
+        console.note(f"{len(cells) - len(missing)} of {len(cells)} cells are done already")
+    if missing:
+        _warm_up(settings, loaded, plan, missing)
+    store: dict[str, Any] = {}
+    shared_by = None
+    with console.progress(len(missing), f"{len(plan.arms) + len(plan.added)} arms", "cells") as progress:
+        for shot, seed, arm in missing:
+            if shared_by != (shot, seed):  # what arms share depends on the images, so no later cell can use it
+                store, shared_by = {}, (shot, seed)
+            cell = cell_folder(folder, shot, seed, arm)
+            shutil.rmtree(cell, ignore_errors=True)
+            cell.mkdir(parents=True)
+            with console.quiet():
+                config = settings.config(arm, shot, seed)
+                run_job(config, loaded, cell, protocol=how, store=store, shared=shared, against=False)
+            progress.advance(1)
+    comparison = Comparison(folder, plan)
+    return comparison, write_results(comparison)
+
+
+def _check(
+    arms: Sequence[str], shots: Sequence[str], num_seeds: int, num_trials: int, split: str, protocol: str
+) -> None:
+    if not arms:
+        raise ConfigError("--arms names no arm; write them as in `--arms ce,tes`.")
+    if len(set(arms)) < len(arms):
+        raise ConfigError(f"--arms names an arm twice: {','.join(arms)}.")
+    if not shots or len(set(shots)) < len(shots):
+        raise ConfigError("--shots must name each number once, as in `--shots 1,2,4,all`.")
+    for value, name in ((num_seeds, "--seeds"), (num_trials, "--trials")):
+        if value < 1:
+            raise ConfigError(f"{name} must be at least 1 (got {value}).")
+    if split not in ("val", "test"):
+        raise ConfigError(f"--split is val or test (got `{split}`).")
+    if protocol not in PROTOCOLS:
+        raise ConfigError(f"--protocol is val or paper (got `{protocol}`).")
+    if protocol == "paper" and split == "val":
+        raise ConfigError("--protocol paper chooses on the test split; it has no --split val.")
+    for shot in shots:
+        _subset(shot)
+
+
+def _subset(shots: str) -> dict[str, Any]:
+    if shots == "all":
+        return {}
+    if shots.endswith("%"):
+        try:
+            return {"data.fraction": float(shots.removesuffix("%")) / 100}
+        except ValueError:
+            pass
+    elif shots.isdecimal():
+        return {"data.shots": int(shots)}
+    raise ConfigError(f"--shots: `{shots}` is neither a number, nor `all`, nor a share such as `15%`.")
+
+
+def _plan(
+    settings: Settings,
+    loaded: Loaded,
+    arms: Sequence[str],
+    shots: Sequence[str],
+    seeds: Iterable[int],
+    num_trials: int,
+    split: str,
+    protocol: str,
+) -> Plan:
+    seeds = tuple(seeds)
+    kept, skipped = [], {}
+    for shot in shots:
+        config = settings.config(arms[0], shot, seeds[0])
+        try:
+            data.draw(loaded.dataset, config.data, seeds[0])
+            kept.append(shot)
+        except DataError as problem:
+            skipped[shot] = str(problem)
+    if not kept:
+        raise DataError(f"No number of shots can be drawn: {listing(list(skipped.values()), 1)}")
+    starts = {arm: _start(settings, loaded, arm, kept[0], seeds[0]) for arm in arms}
+    added = [] if BASELINE in arms else [BASELINE]
+    for start in dict.fromkeys(starts.values()):
+        wanted = [] if start == "probe" else [start]
+        if start in PRIOR_STARTS:
+            wanted = ["probe+prior", "probe+lookup", "probe+permuted"] + ([start] if start == "prior" else [])
+        added += [arm for name in wanted if (arm := f"{BASELINE}+{name}") not in arms and arm not in added]
+    starts |= {arm: _start(settings, loaded, arm, kept[0], seeds[0]) for arm in added}
+    everyone = (*arms, *added)
+    return Plan(
+        arms=tuple(arms),
+        added=tuple(added),
+        shots=tuple(kept),
+        seeds=seeds,
+        single=tuple(arm for arm in everyone if _is_single(settings.config(arm, "all", 0), starts[arm])),
+        starts=starts,
+        protocol=PROTOCOLS[protocol],
+        split=split,
+        num_trials=num_trials,
+        settings=_common(settings.config(BASELINE, "all", 0)),
+        skipped=skipped,
+    )
+
+
+def _start(settings: Settings, loaded: Loaded, arm: str, shots: str, seed: int) -> str:
+    config = settings.config(arm, shots, seed)
+    objective_class = objectives.get(config.objective.name)
+    dataset = data.draw(loaded.dataset, config.data, seed)
+    start = settle(config, dataset, loaded.backbone, objective_class, loaded.source_text).config.start
+    assert start is not None
+    return start
+
+
+def _is_single(config: Config, start: str) -> bool:
+    """Whether nothing in an arm depends on the seed where none draws images: a convex problem, no own parameters."""
+    solved = config.train == "head" or (config.train == "auto" and not _has_accelerator(config))
+    return solved and "class_text" not in objectives.get(config.objective.name).needs and start != "probe+permuted"
+
+
+def _has_accelerator(config: Config) -> bool:
+    from tes.engine.compute import resolve_device
+
+    return resolve_device(config.device)[0] != "cpu"
+
+
+def _common(config: Config) -> dict[str, Any]:
+    tree = config.model_dump(mode="json")
+    for key in OWN_KEYS:
+        branch = tree
+        *parents, last = key.split(".")
+        for parent in parents:
+            branch = branch[parent]
+        branch.pop(last, None)
+    return tree
+
+
+def _continue_or_start(folder: Path, plan: Plan) -> None:
+    """Make the folder, or accept it as the beginning of this very comparison.
+
+    Raises:
+        RunError: It cannot be made, holds something else, or was begun with other settings.
+    """
+    if (folder / "compare.json").is_file():
+        begun = read_plan(folder)
+        names = ("settings", "protocol", "split", "num_trials")
+        differences = [line for name in names for line in _differences(name, getattr(begun, name), getattr(plan, name))]
+        differences += [
+            f"start of {arm}: {begun.starts[arm]} there, {plan.starts[arm]} here"
+            for arm in plan.starts
+            if arm in begun.starts and begun.starts[arm] != plan.starts[arm]
+        ]
+        if differences:
+            raise RunError(
+                f"The comparison in `{folder}` was begun with other settings ({listing(differences)}); repeat those to"
+                " continue it, or choose another --out."
+            )
+    elif folder.is_dir() and any(folder.iterdir()):
+        raise RunError(f"`{folder}` holds files that are not a comparison; choose another --out.")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "summary.json").unlink(missing_ok=True)  # it is written last, and stands for being finished
+        write_plan(folder, plan)
+    except OSError as problem:
+        raise RunError(f"The comparison's folder `{folder}` cannot be made: {problem.strerror or problem}.") from None
+
+
+def _differences(name: str, there: Any, here: Any) -> list[str]:
+    if isinstance(there, Mapping) and isinstance(here, Mapping):
+        keys = dict.fromkeys([*there, *here])
+        return [line for key in keys for line in _differences(f"{name}.{key}", there.get(key), here.get(key))]
+    same = there == here or (isinstance(here, (list, tuple)) and list(here) == there)
+    return [] if same else [f"{name.removeprefix('settings.')}: {there} there, {here} here"]
+
+
+def _warm_up(settings: Settings, loaded: Loaded, plan: Plan, missing: Sequence[tuple[str, int, str]]) -> None:
+    """Compute the features that the cells will ask for, under a progress bar of its own."""
+    import numpy as np
+
+    for shot, seed, arm in missing:
+        config = settings.config(arm, shot, seed)
+        if plan.starts[arm] != "random":
+            with console.quiet():
+                dataset = data.draw(loaded.dataset, config.data, seed)
+                objective_class = objectives.get(config.objective.name)
+                settled = settle(config, dataset, loaded.backbone, objective_class, loaded.source_text)
+            wanted = np.ones(len(dataset.paths), dtype=bool)
+            if plan.split == "val" or settled.config.train != "head":
+                wanted = loaded.dataset.splits != "test"
+            if settled.config.train == "head" or plan.shots == ("all",):
+                loaded.features(settled.compute)(np.flatnonzero(wanted))
+            return
