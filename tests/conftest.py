@@ -90,3 +90,17 @@ def cli(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):
         return int(left.value.code or 0), out, err
 
     return run
+
+
+@pytest.fixture(scope="session")
+def with_prior(tmp_path_factory: pytest.TempPathFactory, resnet: dict) -> dict[str, str]:
+    """Flags under which a text prior is possible: the tiny ResNet's source classes have names, and rows in a file."""
+    import numpy as np
+
+    folder = tmp_path_factory.mktemp("source")
+    names = [f"thing {letter}" for letter in "abcdefghij"]
+    (folder / "names.txt").write_text("\n".join(names))
+    rows = np.random.default_rng(2).normal(size=(13, 6)).astype("float32")
+    np.savez(folder / "rows.npz", names=np.array([*COLOURS, *names]), embeddings=rows)
+    source = {"backbone.source_classes": str(folder / "names.txt"), "text.encoder": f"file:{folder / 'rows.npz'}"}
+    return {**resnet, **source}

@@ -1,0 +1,186 @@
+"""Comparisons: the same conditions for every arm, figures that can be recomputed, and nothing done twice."""
+
+from __future__ import annotations
+
+import csv
+import json
+
+import numpy as np
+import pytest
+
+import tes
+from tes.comparison import Comparison
+from tes.errors import ConfigError, DataError, RunError
+from tes.verbs.compare import Settings, compare
+
+
+@pytest.fixture
+def begin(photos, with_prior, tmp_path):
+    def run(arms=("ce", "tes"), *, assignments=(), flags=None, out="comparison", **how):
+        settings = Settings(None, {"data.source": str(photos), **with_prior, **(flags or {})}, assignments)
+        how = {"shots": ("1", "2"), "num_seeds": 2} | how
+        return compare(settings, arms, out=str(tmp_path / out), **how)
+
+    return run
+
+
+def table(comparison):
+    return list(csv.DictReader((comparison.path / "table.csv").open()))
+
+
+def test_every_arm_is_scored_in_every_cell_beside_what_credit_needs(begin):
+    comparison, summary = begin()
+    rows = table(comparison)
+    arms = ["ce", "tes", "ce+probe+prior", "ce+probe+lookup", "ce+probe+permuted"]
+    cells = {(row["arm"], row["shots"], row["seed"]) for row in rows}
+    assert cells == {(arm, shots, seed) for arm in arms for shots in "12" for seed in "01"}
+    assert {row["start"] for row in rows if row["arm"] == "tes"} == {"probe+prior"}
+    assert {row["head"] for row in rows if row["arm"] == "tes"} == {"vision", "text", "both"}
+    for row in rows:
+        run = tes.Run.open(comparison.path / row["run"])
+        assert float(row["mean_per_class"]) == run.metrics["test"][row["head"]]["mean_per_class"]
+    entry = summary["arms"]["tes"]
+    assert not summary["arms"]["ce+probe+lookup"]["typed"] and "sentence" in entry
+    assert sum(entry["credit"].values()) == pytest.approx(entry["effect"]["mean"])
+    assert set(entry["credit"]) == {"the text prior", "the objective"}
+
+
+def test_the_difference_is_paired_by_seed_with_the_mean_over_shots_first(begin):
+    comparison, summary = begin()
+    scores = {
+        (row["arm"], row["seed"], row["shots"]): float(row["mean_per_class"])
+        for row in table(comparison)
+        if row["head"] == "vision"
+    }
+    by_seed = [
+        np.mean([scores["tes", seed, shots] for shots in "12"]) - np.mean([scores["ce", seed, shots] for shots in "12"])
+        for seed in "01"
+    ]
+    effect = summary["arms"]["tes"]["effect"]
+    assert effect["mean"] == pytest.approx(np.mean(by_seed)) and effect["num_seeds"] == 2
+
+
+def test_an_arm_equal_to_ce_is_no_evidence(begin):
+    _, summary = begin(("ce", "ce+probe"), num_seeds=5)
+    effect = summary["arms"]["ce+probe"]["effect"]
+    assert effect["mean"] == 0 and effect["ties"] == 5 and effect["verdict"] == "no evidence"
+    assert summary["sentences"][0].startswith("no evidence that `ce+probe` helped: 0.0 points (95 % CI 0.0 to 0.0")
+
+
+def test_an_interrupted_comparison_continues_and_ends_with_the_same_table(begin):
+    comparison, summary = begin()
+    before = (comparison.path / "table.csv").read_bytes()
+    runs = sorted(comparison.path.glob("cells/*/*/run.json"))
+    (comparison.path / "summary.json").unlink()
+    runs[3].unlink()  # as a kill leaves a cell: begun, not finished
+    times = {path: path.stat().st_mtime_ns for path in runs if path.exists()}
+    with pytest.raises(RunError, match="not finished"):
+        Comparison.open(comparison.path)
+    again, same = begin()
+    assert (again.path / "table.csv").read_bytes() == before and same == summary
+    assert {path: path.stat().st_mtime_ns for path in times} == times and runs[3].exists()
+
+
+def test_other_settings_are_refused_with_the_difference_and_more_seeds_are_welcome(begin):
+    begin(num_seeds=1)
+    with pytest.raises(RunError, match=r"optim\.head_penalty: 0\.3 there, 1\.0 here"):
+        begin(num_seeds=1, assignments=["optim.head_penalty=1.0"])
+    with pytest.raises(RunError, match="split: test there, val here"):
+        begin(num_seeds=1, split="val")
+    _, summary = begin(num_seeds=2)
+    assert summary["seeds"] == [0, 1]
+
+
+def test_split_val_never_opens_the_test_split(begin):
+    comparison, summary = begin(split="val", shots=("1",))
+    assert not list(comparison.path.rglob("test.npz")) and summary["split"] == "val"
+    run = comparison.run("1", 0, "tes")
+    rows = list(csv.DictReader(run.file("splits.csv").open()))
+    allowed = {row["path"] for row in rows if row["split"] in ("val", "unused")}
+    assert set(run.predictions("val").paths) == allowed
+    assert {row["split"] for row in table(comparison)} == {"val"}
+
+
+def test_shots_that_a_class_lacks_are_left_out_and_the_class_is_named(begin, photos, tmp_path):
+    _, summary = begin(("ce",), shots=("1", "50"), num_seeds=1)
+    assert summary["shots"] == ["1"]
+    assert any("50 shots" in note and "`blue_square` has" in note for note in summary["notes"])
+    with pytest.raises(DataError, match="`blue_square` has"):
+        begin(("ce",), shots=("50",), out="other")
+
+
+def test_a_search_gives_every_arm_the_same_number_of_trials_and_reports_them(begin):
+    comparison, _ = begin(("ce", "tes+probe"), num_trials=3, num_seeds=1)
+    rows = list(csv.DictReader((comparison.path / "trials.csv").open()))
+    counts = {(row["arm"], row["shots"]): 0 for row in rows}
+    for row in rows:
+        counts[row["arm"], row["shots"]] += 1
+    assert set(counts.values()) == {3}
+    settings = {(row["arm"], row["trial"]): json.loads(row["settings"]) for row in rows}
+    assert settings["ce", "0"] == {}
+    shared = "optim.head_penalty"
+    assert settings["ce", "1"][shared] == settings["tes+probe", "1"][shared]
+    assert sum(row["selected"] == "True" for row in rows) == len(counts)
+
+
+def test_the_papers_protocol_trains_on_val_too_and_is_labelled(begin):
+    comparison, summary = begin(
+        ("ce+random",), protocol="paper", shots=("all",), num_seeds=1, flags={"train": "all", "optim.num_epochs": 10}
+    )
+    assert summary["protocol"] == "paper" and {row["protocol"] for row in table(comparison)} == {"paper"}
+    run = comparison.run("all", 0, "ce+random")
+    logged = [json.loads(line) for line in (run.path / "metrics.jsonl").read_text().splitlines()]
+    looked = [row["heads"]["vision"]["mean_per_class"] for row in logged if row["split"] == "val"]
+    assert len(looked) == 2 and run.metrics["test"]["vision"]["mean_per_class"] == max(looked)
+
+
+def test_a_cell_is_a_run_that_predicts_and_evaluates(begin, photos):
+    comparison, _ = begin(shots=("2",), num_seeds=1)
+    run = comparison.run("2", 0, "tes")
+    assert not (run.path / "model.safetensors").exists()
+    saved = run.predictions("test")
+    rows = list(tes.Classifier.from_run(run).predict([photos / path for path in saved.paths]))
+    expected = saved.probabilities("vision")
+    assert [row.label for row in rows] == [run.classes[row.argmax()]["class"] for row in expected]
+    assert set(tes.evaluate(run, data_source=str(photos))["heads"]) == {"vision", "text", "both"}
+
+
+def test_a_shared_file_is_found_only_under_the_names_that_a_comparison_writes(begin):
+    comparison, _ = begin(("ce",), shots=("1",), num_seeds=1)
+    run = comparison.run("1", 0, "ce")
+    summary = json.loads((run.path / "run.json").read_text())
+    summary["shared"]["backbone.safetensors"] = "../../../somewhere/else.safetensors"
+    (run.path / "run.json").write_text(json.dumps(summary))
+    with pytest.raises(RunError, match="which no comparison writes"):
+        tes.Classifier.from_run(run.path)
+
+
+@pytest.mark.parametrize(
+    ("how", "words"),
+    [
+        ({"arms": ()}, "--arms"),
+        ({"arms": ("ce", "ce")}, "twice"),
+        ({"arms": ("ce", "tess")}, "Did you mean `tes`"),
+        ({"arms": ("ce+prbe",)}, "`start`"),
+        ({"arms": ("ce+random",)}, "--train all"),
+        ({"shots": ("one",)}, "`one` is neither"),
+        ({"num_seeds": 0}, "--seeds"),
+        ({"split": "train"}, "--split"),
+        ({"protocol": "papers"}, "--protocol"),
+        ({"protocol": "paper", "split": "val"}, "no --split val"),
+    ],
+)
+def test_a_mistake_is_one_sentence_and_leaves_nothing(begin, tmp_path, how, words):
+    arms = how.pop("arms", ("ce",))
+    with pytest.raises(ConfigError) as caught:
+        begin(arms, flags={"train": "head"}, **how)
+    assert words in str(caught.value) and not (tmp_path / "comparison").exists()
+
+
+def test_the_command_prints_one_json_object(cli, photos, with_prior, tmp_path):
+    sets = [f"--set={key}={json.dumps(value)}" for key, value in with_prior.items()]
+    code, out, err = cli(
+        "compare", photos, "--arms", "ce,tes", "--shots", "1", "--seeds", "1", "--out", tmp_path / "c", "--json", *sets
+    )
+    assert code == 0, err
+    assert json.loads(out)["arms"].keys() == {"ce", "tes", "ce+probe+prior", "ce+probe+lookup", "ce+probe+permuted"}
