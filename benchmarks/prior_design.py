@@ -27,8 +27,10 @@ from tes.objectives import objectives
 from tes.predictions import Predictions
 from tes.settle import settle
 
-FORMS = [("joint", 0.03), ("joint", 0.1), ("joint", 0.3), ("joint", 1.0)]
-FORMS += [("per_class", 0.1), ("per_class", 0.3), ("per_class", 1.0)]
+FORMS = [("joint", 0.1, False), ("per_class", 0.3, False)]
+FORMS += [("joint", kappa, True) for kappa in (0.05, 0.1, 0.2)]
+FORMS += [("per_class", kappa, True) for kappa in (0.1, 0.2, 0.3)]
+"""(form, κ, whether κ grows with the number of images per class)."""
 
 
 def main() -> None:
@@ -73,8 +75,11 @@ def measure(config: tes.Config, loaded: Loaded, permuted: bool) -> list[dict[str
     prior = loaded.prior(settled.config)
     known = np.array([source.known for source in loaded.nearest()])
     result = []
+    per_class = len(train) / dataset.num_classes
     problems = [("probe", 0.0, HeadProblem(0.3))]
-    problems += [(form, kappa, HeadProblem(0.3, Prior(prior.rows_CF, form, kappa))) for form, kappa in FORMS]
+    for form, kappa, grows in FORMS:
+        problem = HeadProblem(0.3, Prior(prior.rows_CF, form, kappa * per_class if grows else kappa))
+        problems.append((form + (" × n" if grows else ""), kappa, problem))
     for form, kappa, problem in problems:
         solved = problem.solve(x_NF, target_NC, tolerance=1e-5)
         logits = solved.head.logits(features(scored)).numpy()
@@ -97,9 +102,10 @@ def report(rows: list[dict[str, Any]], shots: list[str]) -> None:
     by_key = defaultdict(dict)
     for row in rows:
         by_key[row["form"], row["kappa"], row["shots"]][row["seed"]] = row
-    print(f"{'form':12}{'κ':>6}" + "".join(f"{name + ' shots':>44}" for name in shots))
-    print(" " * 18 + f"{'all':>9}{'known':>8}{'others':>8}{'NLL':>9}{'ECE':>10}" * len(shots))
-    for form, kappa in [("probe", 0.0), *FORMS]:
+    print(f"{'form':14}{'κ':>6}" + "".join(f"{name + ' shots':>44}" for name in shots))
+    print(" " * 20 + f"{'all':>9}{'known':>8}{'others':>8}{'NLL':>9}{'ECE':>10}" * len(shots))
+    names = [("probe", 0.0)] + [(form + (" × n" if grows else ""), kappa) for form, kappa, grows in FORMS]
+    for form, kappa in names:
         cells = []
         for number in shots:
             mine, probe = by_key[form, kappa, number], by_key["probe", 0.0, number]
@@ -111,7 +117,7 @@ def report(rows: list[dict[str, Any]], shots: list[str]) -> None:
             cells.append(
                 f"{shown[0]:{sign}9.2f}{shown[1]:{sign}8.2f}{shown[2]:{sign}8.2f}{shown[3]:{sign}9.3f}{shown[4]:{sign}10.3f}"
             )
-        print(f"{form:12}{kappa:6.2f}" + "".join(cells))
+        print(f"{form:14}{kappa:6.2f}" + "".join(cells))
 
 
 if __name__ == "__main__":

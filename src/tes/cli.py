@@ -215,22 +215,38 @@ def text(
     classes: Classes = None,
     only_classes: OnlyClasses = None,
     text: Text = None,
+    names_only: Annotated[bool, typer.Option("--names-only", help="Look at the text alone, at no image.")] = False,
+    backbone: BackboneName = None,
+    checkpoint: Checkpoint = None,
+    size: Size = None,
+    seed: Seed = None,
+    device: Device = None,
     config: ConfigFile = None,
     assignments: Assignments = None,
     as_json: AsJson = False,
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
 ) -> None:
-    """Show what the text encoder makes of the class names: prompts, neighbours, duplicates, and what that means."""
+    """Show what the class names are worth: prompts, neighbours, duplicates, and how well they classify unseen images.
+
+    The images (at most 2,000, for the zero-shot accuracy) come from train and val, never from test.
+    """
     from tes.config import load_config
 
-    flags = {"data.source": data, **_data_flags(classes, only_classes, None, None), "text.encoder": text}
+    flags = {
+        "data.source": data,
+        **_data_flags(classes, only_classes, None, None),
+        "text.encoder": text,
+        "backbone.name": backbone,
+        "backbone.checkpoint": checkpoint,
+        "image.size": size,
+        "seed": seed,
+        "device": device,
+    }
     settings = load_config(config, flags, assignments or [])
-    from tes import data as data_room
     from tes import text as text_room
+    from tes.verbs.text import describe_text
 
-    infos = data_room.load_classes(settings.data)
-    classifier = text_room.build(infos, settings.text, centre=settings.text.centre is not False)
-    report = text_room.text_report(classifier, infos)
+    report = describe_text(settings, images=not names_only)
     print(json.dumps(report, ensure_ascii=False) if as_json else text_room.render(report))
 
 
