@@ -1,4 +1,4 @@
-"""Small and hostile cases: random subsets of a data set's classes, with their own names and with those of other classes.
+"""Small and hostile cases: random subsets of the classes, with their own names and with those of other classes.
 
     python benchmarks/small_cases.py CALTECH101 --draws 50 --split test --jsonl F
 
