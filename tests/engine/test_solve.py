@@ -91,8 +91,8 @@ def test_trust_in_a_prior_minimises_the_stated_problem(shape, form):
         z = x @ (alpha[:, None] * p + v).T + b
         fit = -(soft.numpy() * (z - np.logaddexp.reduce(z, axis=1, keepdims=True))).sum(axis=1).mean()
         mean = best_common(alpha)
-        cost = kappa * ((alpha - mean) ** 2).sum() + kappa * num_classes * mean**2
-        return fit + penalty / num_images * ((v**2).sum() + cost)
+        cost = kappa * (((alpha - mean) ** 2).sum() / num_classes + mean**2)
+        return fit + penalty * ((v**2).sum() / num_images + cost)
 
     def best_common(alpha):
         # joint: α is one number. per class: given α, the ᾱ that costs least minimises Σ (α_c - ᾱ)² + C ᾱ².

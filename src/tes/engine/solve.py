@@ -4,11 +4,13 @@ Features are centred and scaled, x̃ = 20 (f - μ) / r, with μ their mean and r
 suits every backbone. Logits are x̃ W̃ᵀ + b with W̃ = V, or, with a text prior P (prior.py), W̃_c = α_c P_c + V_c, where the
 trust α is learned together with the head:
 
-    probe         min over V, b:       (1/N) Σ CE + (penalty/N) ‖V‖²
-    joint         min over α, V, b:    (1/N) Σ CE + (penalty/N) (‖V‖² + κ C α²)                       one α for all
-    per_class     α_c = ᾱ + a_c:       (1/N) Σ CE + (penalty/N) (‖V‖² + κ Σ_c a_c² + κ C ᾱ²)
+    probe         min over V, b:       (1/N) Σ CE + penalty ‖V‖² / N
+    joint         min over α, V, b:    (1/N) Σ CE + penalty (‖V‖² / N + κ α²)                    one α for all classes
+    per_class     α_c = ᾱ + a_c:       (1/N) Σ CE + penalty (‖V‖² / N + κ (Σ_c a_c² / C + ᾱ²))
 
-The solution is folded into a plain linear layer on the pooled feature: W = 20 W̃ / r, b' = b - W μ.
+What trust costs does not fade with N as what corrections cost does: the more images, the larger the V that fits them,
+and a prior at a price that fades as well would be used to save on V whether it is right or not (LOG.md, 2026-11-25).
+In the terms of METHOD.md's κ: ours times the number of images per class. The solution is folded into a plain linear layer on the pooled feature: W = 20 W̃ / r, b' = b - W μ.
 Shapes: N images, F features, C classes, K coordinates of the images.
 """
 
@@ -147,6 +149,7 @@ class HeadProblem:
         """
         num_images, num_classes = reference_NC.shape
         shrink = self.penalty / num_images
+        kappa = 0.0 if self.prior is None else self.prior.kappa * num_images / num_classes
         weight_CK = x_NK.new_zeros(num_classes, x_NK.shape[1], requires_grad=True)
         bias_C = x_NK.new_zeros(num_classes, requires_grad=True)
         penalised, parameters = [weight_CK], [weight_CK, bias_C]
@@ -162,9 +165,8 @@ class HeadProblem:
         def trust() -> Tensor | None:
             if common is None:
                 return None
-            assert self.prior is not None
-            alpha_C = (common / math.sqrt(self.prior.kappa * num_classes)).expand(num_classes)
-            return alpha_C if own_C is None else alpha_C + own_C / math.sqrt(self.prior.kappa)
+            alpha_C = (common / math.sqrt(kappa * num_classes)).expand(num_classes)
+            return alpha_C if own_C is None else alpha_C + own_C / math.sqrt(kappa)
 
         optimizer = torch.optim.LBFGS(
             parameters,
