@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from tes.engine import prior
-from tes.engine.prior import derangement, predict_rows
+from tes.engine.prior import predict_rows
+from tes.text.controls import derangement
 
 
 def material(num_source: int = 12, num_classes: int = 5, num_dimensions: int = 7, num_features: int = 9):

@@ -13,9 +13,10 @@ Shapes: S source classes, C classes, D dimensions of the text embedding, F featu
 
 from __future__ import annotations
 
-import numpy as np
 import torch
 from torch import Tensor
+
+from tes.text.controls import derangement
 
 CONTROLS = ("lookup", "permuted")
 MAX_SOURCE = 4000
@@ -67,14 +68,6 @@ def predict_rows(
     if control == "permuted":
         rows_CF = rows_CF[derangement(len(rows_CF), seed)]
     return rows_CF
-
-
-def derangement(number: int, seed: int) -> np.ndarray:
-    """Return a seeded permutation of 0..number-1 without a fixed point: each follows another in a drawn cycle."""
-    order = np.random.default_rng(seed).permutation(number)
-    follower = np.empty(number, dtype=np.int64)
-    follower[order] = np.roll(order, 1)
-    return follower
 
 
 def _directions(rows_ND: Tensor, mean_D: Tensor) -> Tensor:

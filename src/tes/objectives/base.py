@@ -30,7 +30,8 @@ class ObjectiveContext:
     """What an objective may build on. Plain tensors: it never sees a loader, a file or the training loop.
 
     `features_NF` and `target_NC` are the training images' pre-trained features and labels; None from a random start,
-    where nobody has computed them.
+    where nobody has computed them. `store` holds what one objective has solved and another can use, by a hash of all
+    that it depends on; it lives as long as the comparison.
     """
 
     num_features: int

@@ -1,7 +1,7 @@
 """The text head: a projection of the pooled feature whose cosines to the class texts are logits.
 
 It is trained beside the vision head, scores classes for free, and is saved on its own: `projection.*`, `Z`, `centre`,
-`temperature`. Shapes: B batch, C classes, F features, D dimensions of the text embedding.
+`temperature`. Shapes: B batch, N images, C classes, F features, D dimensions of the text embedding.
 """
 
 from __future__ import annotations
@@ -11,6 +11,8 @@ from collections.abc import Mapping
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from tes.objectives.base import soft_cross_entropy
 
 
 class TextHead(nn.Module):
@@ -71,3 +73,34 @@ class TextHead(nn.Module):
             {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
         )
         return head.eval()
+
+
+def fit_text_head(
+    features_NF: Tensor,
+    target_NC: Tensor,
+    class_text_CD: Tensor,
+    *,
+    temperature: float,
+    fit_steps: int,
+    fit_penalty: float,
+    seed: int,
+) -> TextHead:
+    """Return a head whose h minimises CE(t, y) on features that do not move, in eval mode, on their device.
+
+    All images at once, for a fixed number of steps: it is not convex. The loss does not see the scale of h's weights
+    (batch norm and normalize remove it), so a penalty in the loss would only shrink them; as decoupled decay it sets
+    how far each step turns them.
+    """
+    head = TextHead(features_NF.shape[1], class_text_CD, temperature, seed).to(features_NF)
+    optimizer = torch.optim.AdamW(head.parameters(), lr=3e-3, weight_decay=fit_penalty, betas=(0.9, 0.99))
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, fit_steps)
+    head.train()
+    with torch.enable_grad():
+        for _ in range(fit_steps):
+            loss = soft_cross_entropy(head(features_NF), target_NC)
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            optimizer.step()
+            schedule.step()
+    head.settle_norm(features_NF)
+    return head
