@@ -15,12 +15,18 @@ def model_card(config: Config, classes: list[ClassInfo], summary: dict[str, Any]
     shown = ", ".join(names[:20]) + (f" and {len(names) - 20} more" if len(names) > 20 else "")
     refit = summary["refit"]
     trained = "the head alone" if config.train == "head" else "all weights"
+    held = "`model.safetensors` holds backbone and head, `preprocess.json` and `classes.json` how to feed and read it,"
+    if summary["default_head"] == "text":
+        held = (
+            "`model.safetensors` holds the backbone, `text_head.safetensors` the head that classifies,"
+            " `preprocess.json` and `classes.json` how to feed and read them,"
+        )
     lines = [
         f"# {_plain(summary['data'])}: {len(classes)} classes",
         "",
         f"An image classifier fine-tuned with [tes](https://arxiv.org/abs/2304.01489), arm `{summary['arm']}` from the"
         f" start `{summary['start']}`; backbone `{_plain(config.backbone.name)}`, {trained} trained. It needs no"
-        " text at inference.",
+        f" text at inference; it answers with its `{summary['default_head']}` head.",
         "",
         f"Classes: {shown}.",
         "",
@@ -44,7 +50,7 @@ def model_card(config: Config, classes: list[ClassInfo], summary: dict[str, Any]
         "",
         "```\ntes predict THIS_FOLDER photo.jpg\n```",
         "",
-        "`model.safetensors` holds backbone and head, `preprocess.json` and `classes.json` how to feed and read it,",
+        held,
         "`config.yaml` all settings.",
     ]
     if citation:

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from tes.errors import ConfigError
-from tes.objectives import objectives
+from tes.objectives import objectives, text_objective
 from tes.objectives.base import ModelOutput, ObjectiveContext
 
 B, C, F, D = 6, 5, 7, 4
@@ -86,6 +86,27 @@ def test_loss_and_gradients_equal_an_independent_float64_formula(lambda_v, lambd
         np.testing.assert_allclose(got.grad.numpy(), want, rtol=1e-6, atol=1e-10)
 
 
+@pytest.mark.parametrize("tau", [0.03, 0.5])
+def test_text_ce_is_the_text_loss_alone_and_predicts_with_the_text_head(tau):
+    text = text_rows()
+    objective = make("text_ce", text, temperature=tau).double()
+    objective.text_head.class_text_CD = torch.from_numpy(text)
+    features, logits, target = batch()
+    f = torch.from_numpy(features).requires_grad_()
+    out = ModelOutput(f, torch.from_numpy(logits))
+    losses = objective.losses(out, torch.from_numpy(target))
+    losses["text_loss"].backward()
+    linear1, norm, _, linear2 = objective.text_head.projection
+    parameters = [p.detach().numpy() for p in (*linear1.parameters(), *norm.parameters(), *linear2.parameters())]
+    of_tes, _, d_features, d_w2, d_w1 = naive_tes(features, logits, target, text, parameters, 0.0, 1.0, tau)
+    of_vision = -np.log(softmax(logits)[target == 1]).mean()
+    assert losses.keys() == {"text_loss"}
+    assert losses["text_loss"].item() == pytest.approx(of_tes - of_vision, rel=1e-6)
+    for got, want in ((f, d_features), (linear2.weight, d_w2), (linear1.weight, d_w1)):
+        np.testing.assert_allclose(got.grad.numpy(), want, rtol=1e-6, atol=1e-10)
+    assert objective.heads(out).keys() == {"text"} and objective.default_head == "text"
+
+
 def test_no_gradient_flows_from_the_softened_target_into_the_projection():
     objective = make("tes", text_rows().astype("float32"), text_target_weight=0.5, text_loss_weight=0.0)
     features, logits, target = (torch.from_numpy(x).float() for x in batch())
@@ -142,16 +163,61 @@ def test_fitting_the_projection_to_features_makes_text_logits_follow_the_labels(
     assert figures["kl_label_to_reference"] == pytest.approx(expected, rel=1e-4)
 
 
+def fixed_features(num_images: int = 60):
+    """Features around a centre per class, one-hot targets, text rows: float32."""
+    draw = np.random.default_rng(0)
+    labels = np.arange(num_images) % C
+    features = draw.normal(size=(C, F))[labels] + 0.3 * draw.normal(size=(num_images, F))
+    return (torch.from_numpy(x.astype("float32")) for x in (features, np.eye(C)[labels], text_rows()))
+
+
+def on_features(name: str, store: dict, text, features, target, seed: int = 0, **settings):
+    part = objectives.get(name)
+    objective = part(part.Config(**settings))
+    context = ObjectiveContext(F, C, seed, text, features_NF=features, target_NC=target, store=store)
+    objective.setup(context)
+    return objective
+
+
+def test_h_is_fitted_once_for_all_that_share_a_store(monkeypatch):
+    features, target, text = fixed_features()
+    store: dict = {}
+    first = on_features("tes", store, text, features, target)
+    first.fit_features(features, target)
+    assert len(store) == 1
+    monkeypatch.setattr(text_objective, "fit_text_head", None)  # to fit again would fail
+    for name in ("tes", "text_ce"):
+        again = on_features(name, store, text.clone(), features.clone(), target.clone())
+        again.warm_start(features.clone(), target.clone())
+        expected = first.text_head.state_dict()
+        assert all(torch.equal(tensor, expected[key]) for key, tensor in again.text_head.state_dict().items())
+        assert not again.text_head.training
+
+
+@pytest.mark.parametrize("changed", ["features", "target", "text", "seed", "temperature", "fit_steps", "fit_penalty"])
+def test_h_is_fitted_anew_to_anything_else(changed):
+    features, target, text = fixed_features()
+    store: dict = {}
+    on_features("tes", store, text, features, target).fit_features(features, target)
+    settings = {"temperature": 0.2, "fit_steps": 3, "fit_penalty": 0.2, "seed": 1}
+    features = features + 1e-3 if changed == "features" else features
+    target = target.roll(1, dims=1) if changed == "target" else target
+    text = text.flip(0) if changed == "text" else text
+    other = on_features("tes", store, text, features, target, **{k: v for k, v in settings.items() if k == changed})
+    other.fit_features(features, target)
+    assert len(store) == 2
+
+
 @pytest.mark.parametrize("name", objectives.names())
 def test_every_objective_keeps_the_contract(name):
     text = text_rows().astype("float32") if "class_text" in objectives.get(name).needs else None
     objective = make(name, text)
     features, logits, target = (torch.from_numpy(x).float() for x in batch())
-    out = ModelOutput(features, logits.requires_grad_())
+    out = ModelOutput(features.requires_grad_(), logits.requires_grad_())
     losses = objective.losses(out, target)
     assert all(torch.isfinite(loss) and loss.ndim == 0 for loss in losses.values())
     sum(losses.values()).backward()
-    assert logits.grad.abs().sum() > 0
+    assert (logits if objective.default_head == "vision" else features).grad.abs().sum() > 0
     reference = objective.reference(out, target)
     assert torch.allclose(reference.sum(dim=1), torch.ones(B)) and not reference.requires_grad
     assert objective.default_head in objective.heads(out)

@@ -93,6 +93,30 @@ def test_predict_from_another_folder_takes_files_and_folders(cli, run, photos, t
     assert code == 0 and parsed[0]["top5"][0][0] == parsed[0]["label"]
 
 
+@pytest.mark.parametrize("train", [("head",), ("all", "--epochs", 1)])
+def test_text_ce_answers_with_its_text_head_everywhere(cli, photos, arguments, tmp_path, train):
+    out = tmp_path / "run"
+    same = ("--refit", "none", "--precision", "fp32")  # so that the saved predictions are the saved model's
+    chosen = ("--objective", "text_ce", "--train", *train, *same)
+    code, shown, err = cli("train", photos, *arguments, *chosen, "--out", out)
+    assert code == 0, err
+    assert [line.split()[1] for line in shown.splitlines() if line.startswith("test ")] == ["text"]
+    assert "answers with its `text` head" in (out / "README.md").read_text()
+    for more in ((), ("--data", photos)):
+        code, shown, err = cli("evaluate", out, *more, "--json")
+        result = json.loads(shown)
+        assert code == 0 and result["default_head"] == "text" and result["heads"].keys() == {"text"}, err
+    saved = tes.Run.open(out).predictions("test")
+    code, shown, err = cli("predict", out, *[photos / path for path in saved.paths], "--json")
+    assert code == 0, err
+    for row, expected in zip(json.loads(shown), saved.probabilities("text"), strict=True):
+        assert row["prob"] == pytest.approx(expected.max(), abs=1e-4)
+        assert row["label"] == tes.Run.open(out).classes[int(expected.argmax())]["class"]
+    (out / "text_head.safetensors").unlink()
+    code, _, err = cli("predict", out, photos)
+    assert code == 2 and "ships its text head" in err
+
+
 def test_text_shows_prompts_neighbours_and_a_verdict(cli, photos, texts):
     code, out, _ = cli("text", photos, "--text", f"file:{texts}", "--json")
     report = json.loads(out)
@@ -122,7 +146,7 @@ def test_check_finds_imbalance_duplicates_and_bad_images_without_training(cli, p
 
 def test_list_names_the_choices(cli):
     code, out, _ = cli("list", "objectives", "--json")
-    assert code == 0 and {"ce", "tes", "label_smoothing"} <= set(json.loads(out))
+    assert code == 0 and {"ce", "tes", "label_smoothing", "text_ce", "static_text", "l2_sp"} <= set(json.loads(out))
     code, out, _ = cli("list", "backbones")
     assert code == 0 and "lite0" in out.splitlines() and "resnet50" in out.splitlines()
 

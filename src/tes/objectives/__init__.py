@@ -8,6 +8,7 @@ objectives = Registry(
         "ce": "tes.objectives.ce:CrossEntropy",
         "label_smoothing": "tes.objectives.label_smoothing:LabelSmoothing",
         "tes": "tes.objectives.tes:TextSupervised",
+        "text_ce": "tes.objectives.text_ce:TextCrossEntropy",
     },
     "tes.objectives",
 )

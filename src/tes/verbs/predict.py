@@ -1,4 +1,4 @@
-"""A finished run as a classifier of new images. It needs no text: only the backbone and the vision head.
+"""A finished run as a classifier of new images. It needs no text: only the backbone and the head that is shipped.
 
 Nothing in the run folder is imported: a saved `package.module:factory` runs only when the caller repeats it.
 """
@@ -74,7 +74,8 @@ class Classifier:
         learner = self.learner.eval()
         with learner.compute.autocast():
             features_BF = learner.backbone(learner.compute.images(batch))
-        return learner.output(features_BF).logits_BC.softmax(dim=1).cpu()
+        objective = learner.objective
+        return objective.heads(learner.output(features_BF))[objective.default_head].softmax(dim=1).cpu()
 
     def predict(self, paths: Iterable[str | Path]) -> Iterator[Prediction]:
         """Yield a prediction per image file, in order; a file that cannot be read yields a reason instead."""
@@ -188,27 +189,37 @@ def _model_weights(run: Run) -> dict[str, Tensor]:
 class _SavedHeads(Objective):
     """The heads of a finished run: nothing to train, so no objective is looked up on a run folder's word."""
 
-    def __init__(self, text_head: TextHead | None) -> None:
+    def __init__(self, text_head: TextHead | None, default_head: str) -> None:
         super().__init__(ObjectiveConfig(name="saved"))
         self.text_head = text_head
+        self.default_head = default_head
 
     def heads(self, out: ModelOutput) -> dict[str, Tensor]:
+        # Where the text head is shipped, the vision head is only what training started from.
+        vision = {} if self.default_head == "text" else super().heads(out)
         text = {} if self.text_head is None else {"text": self.text_head(out.features_BF)}
-        return super().heads(out) | text
+        return vision | text
 
 
 def _saved_heads(run: Run, num_features: int, num_classes: int) -> _SavedHeads:
     path = run.file("text_head.safetensors")
+    default_head = run.summary.get("default_head", "vision")
+    if default_head not in ("vision", "text"):
+        raise RunError(f"`{run.path / 'run.json'}` ships the head `{default_head}`; it can be `vision` or `text`.")
     if not path.is_file():
-        return _SavedHeads(None)
+        if default_head == "text":
+            raise RunError(f"`{run.path}` ships its text head, but there is no `{path}`.")
+        return _SavedHeads(None, default_head)
     tensors = read_weights(path)
     try:
         head = TextHead.from_tensors(tensors, num_features)
     except (KeyError, RuntimeError, ValueError, IndexError) as problem:
         raise RunError(f"`{path}` does not hold a text head: {' '.join(str(problem).split())[:200]}.") from None
+    if not all(tensor.isfinite().all() for tensor in tensors.values()):
+        raise RunError(f"`{path}` is not finite; the file is damaged.")
     if len(head.class_text_CD) != num_classes:
         raise RunError(f"`{path}` has {len(head.class_text_CD)} text rows; the run has {num_classes} classes.")
-    return _SavedHeads(head)
+    return _SavedHeads(head, default_head)
 
 
 def _read(path: str | Path) -> Image.Image | str:
