@@ -9,6 +9,7 @@ import torch
 from tes.errors import ConfigError
 from tes.objectives import objectives, text_objective
 from tes.objectives.base import ModelOutput, ObjectiveContext
+from tes.objectives.static_text import matching_temperature
 
 B, C, F, D = 6, 5, 7, 4
 
@@ -38,7 +39,7 @@ def softmax(x: np.ndarray) -> np.ndarray:
     return e / e.sum(axis=1, keepdims=True)
 
 
-def naive_tes(features, logits, target, text, projection, lambda_v, lambda_t, tau):
+def naive_tes(features, logits, target, text, projection, lambda_v, lambda_t, tau, guess=None):
     """Loss and its gradients with respect to logits, features and the projection, written out."""
     w1, b1, gamma, beta, w2, b2 = projection
     a = features @ w1.T + b1
@@ -50,7 +51,7 @@ def naive_tes(features, logits, target, text, projection, lambda_v, lambda_t, ta
     norm = np.linalg.norm(z, axis=1, keepdims=True)
     u = z / norm
     t = u @ text.T / tau
-    q = (1 - lambda_v) * target + lambda_v * softmax(t)
+    q = (1 - lambda_v) * target + lambda_v * (softmax(t) if guess is None else guess)
     vision = text_loss = 0.0
     for i in range(len(features)):
         for c in range(text.shape[0]):
@@ -84,6 +85,48 @@ def test_loss_and_gradients_equal_an_independent_float64_formula(lambda_v, lambd
     assert loss.item() == pytest.approx(expected, rel=1e-6)
     for got, want in ((v, d_logits), (f, d_features), (linear2.weight, d_w2), (linear1.weight, d_w1)):
         np.testing.assert_allclose(got.grad.numpy(), want, rtol=1e-6, atol=1e-10)
+
+
+@pytest.mark.parametrize("tau_s", [0.07, 0.6, None])
+def test_static_text_has_one_soft_label_per_class_and_is_tes_otherwise(tau_s):
+    text = text_rows()
+    settings = {"text_target_weight": 0.4, "text_loss_weight": 0.7, "temperature": 0.2}
+    objective = make("static_text", text, static_temperature=tau_s, **settings).double()
+    objective.text_head.class_text_CD = torch.from_numpy(text)
+    objective.soft_CC = torch.from_numpy(softmax(text @ text.T / (tau_s or 0.2)))
+    assert np.allclose(make("static_text", text, static_temperature=tau_s, **settings).soft_CC, objective.soft_CC)
+    features, logits, target = batch()
+    f, v = (torch.from_numpy(x).requires_grad_() for x in (features, logits))
+    loss = sum(objective.losses(ModelOutput(f, v), torch.from_numpy(target)).values())
+    loss.backward()
+    linear1, norm, _, linear2 = objective.text_head.projection
+    parameters = [p.detach().numpy() for p in (*linear1.parameters(), *norm.parameters(), *linear2.parameters())]
+    guess = np.stack([softmax((row @ text.T / (tau_s or 0.2))[None])[0] for row in text[target.argmax(axis=1)]])
+    expected, d_logits, d_features, d_w2, d_w1 = naive_tes(
+        features, logits, target, text, parameters, 0.4, 0.7, 0.2, guess
+    )
+    assert loss.item() == pytest.approx(expected, rel=1e-6)
+    for got, want in ((v, d_logits), (f, d_features), (linear2.weight, d_w2), (linear1.weight, d_w1)):
+        np.testing.assert_allclose(got.grad.numpy(), want, rtol=1e-6, atol=1e-10)
+
+
+@pytest.mark.parametrize("tau", [0.1, 0.3])
+def test_the_static_labels_are_as_uncertain_as_those_of_the_fitted_text_head(tau):
+    features, target, text = fixed_features(57)  # classes of different size
+    objective = on_features("static_text", {}, text, features, target, temperature=tau)
+    tes = on_features("tes", {}, text, features, target, temperature=tau)
+    figures = objective.fit_features(features, target)
+    tes.fit_features(features, target)
+    p = softmax(tes.text_head(features).detach().numpy().astype("float64"))
+    static = target.numpy() @ softmax((text @ text.T).numpy().astype("float64") / figures["static_temperature"])
+    entropies = [-(x * np.log(x)).sum(axis=1).mean() for x in (p, static)]
+    assert entropies[0] > 0.01 and entropies[1] == pytest.approx(entropies[0], rel=1e-5)
+
+
+def test_an_entropy_out_of_reach_clamps_the_temperature():
+    rows, share = torch.tensor([[1.0, 0], [1, 0], [0, 1]]), torch.tensor([0.5, 0.5, 0])
+    assert matching_temperature(rows, share, 0.1) == pytest.approx(1e-4, rel=1e-6)  # equal rows: log 2 at least
+    assert matching_temperature(rows, share, 2.0) == pytest.approx(1e4, rel=1e-6)  # log 3 at most
 
 
 @pytest.mark.parametrize("tau", [0.03, 0.5])

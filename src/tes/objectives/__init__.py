@@ -7,6 +7,7 @@ objectives = Registry(
     {
         "ce": "tes.objectives.ce:CrossEntropy",
         "label_smoothing": "tes.objectives.label_smoothing:LabelSmoothing",
+        "static_text": "tes.objectives.static_text:StaticText",
         "tes": "tes.objectives.tes:TextSupervised",
         "text_ce": "tes.objectives.text_ce:TextCrossEntropy",
     },

@@ -73,6 +73,10 @@ class TextSupervised(TextObjective):
         distance = -(target_NC * reference_NC.clamp_min(1e-12).log()).sum(dim=1).mean().item()
         return figures | {"kl_label_to_reference": distance}
 
+    def guess(self, target_BC: Tensor, t_BC: Tensor) -> Tensor:
+        """Return the distribution (B, C) that softens the targets; no gradient flows from it into t."""
+        return t_BC.detach().softmax(dim=1)
+
     def _soften(self, target_BC: Tensor, t_BC: Tensor) -> Tensor:
         weight = self.config.text_target_weight
-        return (1 - weight) * target_BC + weight * t_BC.detach().softmax(dim=1)
+        return (1 - weight) * target_BC + weight * self.guess(target_BC, t_BC)
