@@ -52,6 +52,18 @@ def test_a_preset_gives_values_that_explicit_ones_override():
     assert config.arm == "tes@paper"
 
 
+def test_an_objectives_default_for_another_setting_gives_way_to_an_explicit_value(tmp_path):
+    flags = {"data.source": "x", "objective": "l2_sp"}
+    file = tmp_path / "c.yaml"
+    file.write_text("optim: {weight_decay: 0.1}")
+    assert load_config(flags=flags).optim.weight_decay == 0
+    assert load_config(flags={"data.source": "x", "objective": "ce"}).optim.weight_decay > 0
+    assert load_config(file, flags).optim.weight_decay == 0.1
+    assert load_config(flags=flags, assignments=["optim.weight_decay=0.2"]).optim.weight_decay == 0.2
+    with pytest.raises(ConfigError, match="`optim`"):
+        load_config(flags=flags | {"optim": 3})
+
+
 def test_an_explicit_start_is_part_of_the_arms_name():
     assert load_config(flags={"data.source": "x", "objective": "ce", "start": "random"}).arm == "ce+random"
 

@@ -51,8 +51,10 @@ def _settings(model: type[BaseModel], prefix: str = "") -> list[str]:
 
 
 def _objective_settings(name: str) -> list[str]:
-    own = [line for line in _settings(objectives.get(name).Config) if not line.startswith(("name =", "preset ="))]
-    return [f"objective.{line}  [{name}]" for line in own]
+    config = objectives.get(name).Config
+    own = [line for line in _settings(config) if not line.startswith(("name =", "preset ="))]
+    others = [f"{key} = {value}  (its default where the objective is this)" for key, value in config.defaults.items()]
+    return [f"{line}  [{name}]" for line in (*(f"objective.{line}" for line in own), *others)]
 
 
 def _registry(kind: str) -> Registry:

@@ -1,6 +1,7 @@
 """Every setting of a run: typed, frozen, checked as a whole before anything is loaded.
 
-A value comes from, in rising order: the default below, the objective's preset, the YAML file, a flag, `--set a.b=c`.
+A value comes from, in rising order: the default below, the objective's default for it, the objective's preset, the YAML
+file, a flag, `--set a.b=c`.
 `None` means "decide for me": the job resolves it, prints it with its reason and saves the resolved copy in the run.
 """
 
@@ -116,8 +117,13 @@ class PriorConfig(Settings):
 
 
 class ObjectiveConfig(Settings):
-    """Base of the objectives' own settings. `presets` maps a preset's name to the values it gives, by dotted key."""
+    """Base of the objectives' own settings.
 
+    `defaults` are its defaults for settings that are not its own, by dotted key; `presets` maps a preset's name to the
+    values it gives.
+    """
+
+    defaults: ClassVar[Mapping[str, Any]] = {}
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
     search: ClassVar[Mapping[str, Range]] = {}
 
@@ -310,27 +316,30 @@ def _split_objective(text: str) -> dict[str, Any]:
 
 
 def _with_preset(tree: dict[str, Any]) -> dict[str, Any]:
-    """Fill in what the objective's preset gives and nobody has set by hand."""
+    """Fill in what the objective's preset and its own defaults give and nobody has set by hand."""
     objective = tree.get("objective", "tes")
     tree["objective"] = _split_objective(objective) if isinstance(objective, str) else objective
     if not isinstance(tree["objective"], dict):
         raise ConfigError("`objective` must be a name such as `tes`, or keys such as `name: tes`.")
     tree["objective"].setdefault("name", "tes")
     name, preset = tree["objective"]["name"], tree["objective"].get("preset")
-    if preset is None:
-        return tree
-    presets = _objective_settings(name).presets
-    if not isinstance(preset, str) or preset not in presets:
+    try:
+        settings = _objective_settings(name)
+    except ConfigError:
+        return tree  # _validate() says so, with all other mistakes
+    if preset is not None and (not isinstance(preset, str) or preset not in settings.presets):
+        presets = settings.presets
         known = f"It has: {', '.join(presets)}." if presets else "It has none."
         raise ConfigError(
             f"`objective`: `{name}` has no preset `{preset}`.{did_you_mean(str(preset), presets)} {known}"
         )
-    for key, value in presets[preset].items():
+    for key, value in (dict(settings.defaults) | dict(settings.presets[preset] if preset else {})).items():
         branch = tree
         *parents, last = key.split(".")
         for parent in parents:
-            branch = branch.setdefault(parent, {})
-        branch.setdefault(last, value)
+            branch = branch.setdefault(parent, {}) if isinstance(branch, dict) else {}
+        if isinstance(branch, dict):  # else the user gave a single value, which _validate() refuses
+            branch.setdefault(last, value)
     return tree
 
 

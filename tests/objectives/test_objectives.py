@@ -18,8 +18,16 @@ def make(name: str, text: np.ndarray | None = None, seed: int = 0, **settings):
     part = objectives.get(name)
     objective = part(part.Config(**settings))
     rows = None if text is None else torch.from_numpy(text)
-    objective.setup(ObjectiveContext(F, C, seed, rows))
+    start = weights() if "trainable_backbone" in part.needs else None
+    objective.setup(ObjectiveContext(F, C, seed, rows, start_weights=start))
     return objective
+
+
+def weights(seed: int = 0) -> dict[str, torch.Tensor]:
+    """The weights of a network with two layers and a head, as the learner names them: float64."""
+    draw = np.random.default_rng(seed)
+    shapes = {"backbone.a.weight": (3, 2, 2), "backbone.a.bias": (3,), "head.weight": (C, F), "head.bias": (C,)}
+    return {name: torch.from_numpy(draw.normal(size=shape)) for name, shape in shapes.items()}
 
 
 def batch(seed: int = 0):
@@ -181,6 +189,32 @@ def test_label_smoothing_equals_pytorchs():
     assert loss.item() == pytest.approx(expected.item(), rel=1e-12)
 
 
+def test_l2_sp_equals_an_independent_float64_formula():
+    objective = make("l2_sp", alpha=0.3, beta=0.07)
+    start, live = weights(0), {name: weight.requires_grad_() for name, weight in weights(1).items()}
+    features, logits, target = batch()
+    v = torch.from_numpy(logits).requires_grad_()
+    loss = sum(objective.losses(ModelOutput(torch.from_numpy(features), v, live), torch.from_numpy(target)).values())
+    loss.backward()
+    moved = {name: live[name].detach().numpy() - start[name].numpy() for name in live if name[0] == "b"}
+    expected = -np.log(softmax(logits)[target == 1]).mean()
+    expected += 0.15 * sum(float((part**2).sum()) for part in moved.values())
+    expected += 0.035 * sum(entry**2 for entry in live["head.weight"].flatten().tolist())
+    assert loss.item() == pytest.approx(expected, rel=1e-6)
+    for name, part in moved.items():
+        np.testing.assert_allclose(live[name].grad.numpy(), 0.3 * part, rtol=1e-6)
+    np.testing.assert_allclose(live["head.weight"].grad.numpy(), 0.07 * live["head.weight"].detach().numpy(), rtol=1e-6)
+    assert live["head.bias"].grad is None
+    np.testing.assert_allclose(v.grad.numpy(), (softmax(logits) - target) / B, rtol=1e-6)
+
+
+def test_l2_sp_where_it_starts_with_a_head_of_zeros_is_cross_entropy():
+    features, logits, target = (torch.from_numpy(x) for x in batch())
+    live = weights() | {"head.weight": torch.zeros(C, F)}
+    loss = sum(make("l2_sp").losses(ModelOutput(features, logits, live), target).values())
+    assert torch.equal(loss, make("ce").losses(ModelOutput(features, logits), target)["vision_loss"])
+
+
 def test_own_parameters_come_from_the_seed_and_leave_the_global_generator_alone():
     torch.manual_seed(3)
     before = torch.get_rng_state()
@@ -256,7 +290,8 @@ def test_every_objective_keeps_the_contract(name):
     text = text_rows().astype("float32") if "class_text" in objectives.get(name).needs else None
     objective = make(name, text)
     features, logits, target = (torch.from_numpy(x).float() for x in batch())
-    out = ModelOutput(features.requires_grad_(), logits.requires_grad_())
+    live = weights() if "trainable_backbone" in objective.needs else None
+    out = ModelOutput(features.requires_grad_(), logits.requires_grad_(), live)
     losses = objective.losses(out, target)
     assert all(torch.isfinite(loss) and loss.ndim == 0 for loss in losses.values())
     sum(losses.values()).backward()

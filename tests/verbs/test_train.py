@@ -101,6 +101,49 @@ def test_weights_of_zero_equal_ce_step_for_step(settings, tmp_path):
     assert all(torch.equal(ce[name], zeroed[name]) for name in ce)
 
 
+def test_l2_sp_keeps_the_backbone_where_it_started(settings, resnet, tmp_path):
+    start = load_file(resnet["backbone.checkpoint"])
+    flags = {
+        "objective": "l2_sp",
+        "start": "random",
+        "train": "all",
+        "optim__learning_rate": 0.02,
+        "optim__name": "sgd",
+    }
+    distances = []
+    for alpha in (0.0, 10.0):
+        config = settings(**flags, optim__num_steps=12, objective__alpha=alpha, out=str(tmp_path / str(alpha)))
+        assert config.optim.weight_decay == 0
+        model = load_file(tes.train(config).path / "model.safetensors")
+        moved = [model[f"backbone.{name}"] - start[name] for name in start if name.endswith("conv1.weight")]
+        distances.append(sum(part.square().sum().item() for part in moved))
+    assert 0 < distances[1] < 0.5 * distances[0]
+    with pytest.raises(ConfigError, match="trains the backbone; use it with `--train all`"):
+        tes.train(settings(objective="l2_sp", train="head", out=str(tmp_path / "head")))
+
+
+def test_the_learner_shows_the_weights_in_training_to_objectives_that_ask(resnet):
+    from tes.config import BackboneConfig, ImageConfig
+    from tes.engine.compute import Compute
+    from tes.engine.learner import Learner
+    from tes.engine.start import random_head
+    from tes.models.backbone import load_backbone
+    from tes.objectives import objectives
+
+    named = {key.removeprefix("backbone."): value for key, value in resnet.items() if key.startswith("backbone.")}
+    backbone = load_backbone(BackboneConfig(**named), ImageConfig(size=32))
+    backbone.network.conv1.requires_grad_(False)
+    shown = {}
+    for name in ("ce", "l2_sp"):
+        objective = objectives.get(name)(objectives.get(name).Config())
+        learner = Learner(backbone, random_head(16, 3, 0), objective, Compute("cpu", "fp32", "contiguous", 0))
+        shown[name] = learner.output(torch.zeros(2, 16)).weights
+    assert shown["ce"] is None
+    assert shown["l2_sp"]["head.weight"] is learner.head.weight
+    assert shown["l2_sp"]["backbone.layer1.0.conv1.weight"] is backbone.network.layer1[0].conv1.weight
+    assert not {"backbone.conv1.weight", "backbone.bn1.running_mean"} & shown["l2_sp"].keys()
+
+
 def test_a_vit_trains_from_a_local_checkpoint(settings, tmp_path):
     import timm
     from safetensors.torch import save_file

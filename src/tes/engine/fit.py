@@ -102,6 +102,8 @@ def fit(
         start = problem.solve(features_NF, target_NC)
         features_NF, target_NC = features_NF.to(compute.device), target_NC.to(compute.device)
     objective: Objective = objectives.get(config.objective.name)(config.objective)
+    learner = Learner(backbone if config.train == "head" else copy.deepcopy(backbone), start.head, objective, compute)
+    weights = learner.weights()
     objective.setup(
         ObjectiveContext(
             num_features,
@@ -112,16 +114,14 @@ def fit(
             features_NF,
             target_NC,
             given.store,
+            None if weights is None else {name: weight.detach().clone() for name, weight in weights.items()},
         )
     )
+    compute.place(learner)
     if config.train == "head":
         assert features_NF is not None and target_NC is not None, "check_needs() refuses a random start here"
-        learner = Learner(backbone, start.head, objective, compute)
-        compute.place(learner)
         figures, solution = _solve(learner, problem, start, features_NF, target_NC)
         return Fitted(learner, start, solution.trust_C, figures)
-    learner = Learner(copy.deepcopy(backbone), start.head, objective, compute)
-    compute.place(learner)
     figures = {} if features_NF is None else objective.warm_start(features_NF, target_NC)
     _step(learner, config, dataset, indices, log, evaluate, num_evaluations, keep_best)
     return Fitted(learner, start, start.trust_C, figures)

@@ -31,7 +31,15 @@ class Learner(nn.Module):
     def output(self, features_BF: Tensor) -> ModelOutput:
         """Return what the heads read, in float32: half precision is for the backbone alone."""
         features_BF = features_BF.float()
-        return ModelOutput(features_BF, self.head(features_BF))
+        return ModelOutput(features_BF, self.head(features_BF), self.weights())
+
+    def weights(self) -> dict[str, Tensor] | None:
+        """Return the weights in training by their names in model.safetensors, if the objective asks for them."""
+        if "trainable_backbone" not in self.objective.needs:
+            return None
+        backbone = self.backbone.network.named_parameters()
+        trained = {f"backbone.{name}": weight for name, weight in backbone if weight.requires_grad}
+        return trained | {"head.weight": self.head.weight, "head.bias": self.head.bias}
 
     @torch.inference_mode()
     def heads(self, features_NF: Tensor) -> dict[str, Tensor]:

@@ -6,6 +6,7 @@ objectives = Registry(
     "objective",
     {
         "ce": "tes.objectives.ce:CrossEntropy",
+        "l2_sp": "tes.objectives.l2_sp:L2SP",
         "label_smoothing": "tes.objectives.label_smoothing:LabelSmoothing",
         "static_text": "tes.objectives.static_text:StaticText",
         "tes": "tes.objectives.tes:TextSupervised",

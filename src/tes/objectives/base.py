@@ -5,7 +5,7 @@ Shapes: B batch, N images, C classes, F features of the backbone, D dimensions o
 
 from __future__ import annotations
 
-from collections.abc import MutableMapping
+from collections.abc import Mapping, MutableMapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -19,10 +19,15 @@ from tes.models.backbone import SourceHead
 
 @dataclass(frozen=True)
 class ModelOutput:
-    """What the network says about a batch: the pooled feature that every head reads, and the vision head's logits."""
+    """What the network says about a batch: the pooled feature that every head reads, and the vision head's logits.
+
+    `weights` are the live weights in training, `backbone.*`, `head.weight`, `head.bias`, without frozen ones and
+    buffers; None unless the objective `needs` a `trainable_backbone`.
+    """
 
     features_BF: Tensor
     logits_BC: Tensor
+    weights: Mapping[str, Tensor] | None = None
 
 
 @dataclass(frozen=True)
@@ -31,7 +36,8 @@ class ObjectiveContext:
 
     `features_NF` and `target_NC` are the training images' pre-trained features and labels; None from a random start,
     where nobody has computed them. `store` holds what one objective has solved and another can use, by a hash of all
-    that it depends on; it lives as long as the comparison.
+    that it depends on; it lives as long as the comparison. `start_weights` are copies of `ModelOutput.weights` as
+    training begins, None where those are.
     """
 
     num_features: int
@@ -42,6 +48,7 @@ class ObjectiveContext:
     features_NF: Tensor | None = None
     target_NC: Tensor | None = None
     store: MutableMapping[str, Any] = field(default_factory=dict)
+    start_weights: Mapping[str, Tensor] | None = None
 
 
 class Objective(nn.Module):
