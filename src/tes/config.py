@@ -130,6 +130,15 @@ class ObjectiveConfig(Settings):
     name: str
     preset: str | None = Field(None, description="a named set of values, for example the authors' own")
 
+    def check(self, start: str | None, train: str) -> None:
+        """Refuse a start or a `train` that these settings cannot work with.
+
+        Asked with what the user chose, before anything is loaded, and again when `auto` and None have been decided.
+
+        Raises:
+            ValueError: One sentence.
+        """
+
 
 class OptimConfig(Settings):
     """The optimiser and its budget. `head_penalty` alone matters with `train: head`, which is solved, not stepped."""
@@ -223,6 +232,11 @@ class Config(Settings):
         None, description="processes that read images; None: 0 on CPU"
     )
     out: str | None = Field(None, description="the run folder; None: runs/<data>-<arm>-<n>")
+
+    @model_validator(mode="after")
+    def _suits_the_objective(self) -> Config:
+        self.objective.check(self.start, self.train)
+        return self
 
     @property
     def arm(self) -> str:

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from tes.config import load_config
 from tes.errors import ConfigError
 from tes.objectives import objectives, text_objective
 from tes.objectives.base import ModelOutput, ObjectiveContext
@@ -238,6 +239,53 @@ def test_fitting_the_projection_to_features_makes_text_logits_follow_the_labels(
     reference = objective.reference(ModelOutput(features, features), target)
     expected = -reference[torch.arange(60), torch.from_numpy(labels)].log().mean().item()
     assert figures["kl_label_to_reference"] == pytest.approx(expected, rel=1e-4)
+
+
+def test_permuted_rows_give_every_class_anothers_row_by_the_seed():
+    text = text_rows().astype("float32")
+    for seed in range(20):
+        one, same = (make("tes", text, seed=seed, text_rows="permuted").rows_CD for _ in range(2))
+        assert torch.equal(one, same)
+        distance = (one[:, None] - torch.from_numpy(text)[None]).abs().sum(dim=2)
+        origin = distance.argmin(dim=1)
+        assert torch.equal(distance.min(dim=1).values, torch.zeros(C)) and sorted(origin.tolist()) == list(range(C))
+        assert not (origin == torch.arange(C)).any()
+
+
+def test_random_rows_are_unit_vectors_by_the_seed_and_know_nothing_of_the_text():
+    text = text_rows().astype("float32")
+    first, same, other = (make("tes", text, seed=seed, text_rows="random").rows_CD for seed in (0, 0, 1))
+    elsewhere = make("tes", text[::-1].copy(), seed=0, text_rows="random").rows_CD
+    assert torch.equal(first, same) and torch.equal(first, elsewhere) and not torch.equal(first, other)
+    assert torch.allclose(first.norm(dim=1), torch.ones(C)) and first.shape == text.shape
+
+
+def test_the_controls_are_presets_of_tes():
+    def settings(preset):
+        return load_config(flags={"data.source": "x", "objective": f"tes@{preset}"}).objective.model_dump()
+
+    plain = load_config(flags={"data.source": "x", "objective": "tes"}).objective.model_dump()
+    for preset, changed in {
+        "permuted-text": {"text_rows": "permuted"},
+        "random-text": {"text_rows": "random"},
+        "no-vision-target": {"text_target_weight": 0},
+        "frozen-projection": {"train_projection": False, "text_loss_weight": 0},
+    }.items():
+        assert settings(preset) == plain | changed | {"preset": preset}
+
+
+def test_a_frozen_projection_has_no_gradient_and_stays_in_eval_mode():
+    features, target, text = fixed_features()
+    objective = on_features("tes", {}, text, features, target, train_projection=False, warm_projection=False)
+    objective.warm_start(features, target)
+    before = {name: tensor.clone() for name, tensor in objective.text_head.state_dict().items()}
+    objective.train()
+    features, logits = features.clone().requires_grad_(), torch.randn(60, C, requires_grad=True)
+    sum(objective.losses(ModelOutput(features, logits), target).values()).backward()
+    assert objective.training and not any(module.training for module in objective.text_head.modules())
+    assert all(torch.equal(tensor, before[name]) for name, tensor in objective.text_head.state_dict().items())
+    assert all(parameter.grad is None for parameter in objective.parameters())
+    assert logits.grad.abs().sum() > 0
 
 
 def fixed_features(num_images: int = 60):

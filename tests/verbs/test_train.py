@@ -122,6 +122,33 @@ def test_l2_sp_keeps_the_backbone_where_it_started(settings, resnet, tmp_path):
         tes.train(settings(objective="l2_sp", train="head", out=str(tmp_path / "head")))
 
 
+def test_a_frozen_projection_is_the_one_fitted_beforehand_to_the_last_bit(settings, tmp_path):
+    heads = []
+    for objective, flags in (
+        ("tes", {"train": "head", "refit": "none"}),
+        ("tes@frozen-projection", {"train": "all", "optim__num_steps": 4, "optim__learning_rate": 0.01}),
+    ):
+        out = tmp_path / objective
+        tes.train(settings(objective=objective, precision="fp32", out=str(out), **flags))
+        heads.append((out / "text_head.safetensors").read_bytes())
+    assert heads[0] == heads[1]
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [({"train": "head"}, "add `--train all`"), ({"start": "random", "train": "all"}, "a random start has none")],
+)
+def test_a_frozen_projection_is_refused_where_there_is_none(settings, flags, words):
+    with pytest.raises(ConfigError, match=words):
+        settings(objective="tes@frozen-projection", **flags)
+
+
+def test_a_frozen_projection_is_refused_where_the_head_alone_is_trained_by_default(settings, tmp_path):
+    with pytest.raises(ConfigError, match="add `--train all`"):
+        tes.train(settings(objective="tes@frozen-projection", device="cpu"))
+    assert not (tmp_path / "run").exists()
+
+
 def test_the_learner_shows_the_weights_in_training_to_objectives_that_ask(resnet):
     from tes.config import BackboneConfig, ImageConfig
     from tes.engine.compute import Compute

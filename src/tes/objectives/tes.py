@@ -19,7 +19,7 @@ from pydantic import Field
 from torch import Tensor
 
 from tes.config import ObjectiveConfig
-from tes.objectives.base import ModelOutput, soft_cross_entropy
+from tes.objectives.base import ModelOutput, ObjectiveContext, soft_cross_entropy
 from tes.objectives.text_objective import TextObjective, TextObjectiveConfig
 
 
@@ -32,7 +32,13 @@ class TextSupervisedConfig(TextObjectiveConfig):
             "objective.warm_projection": False,
             "text.templates": ["a photo of a {}"],
             "text.centre": False,
-        }
+        },
+        # Controls: what of the gain is left without the names' meaning, without the softened target, without the
+        # text loss and with a projection that never moves.
+        "permuted-text": {"objective.text_rows": "permuted"},
+        "random-text": {"objective.text_rows": "random"},
+        "no-vision-target": {"objective.text_target_weight": 0.0},
+        "frozen-projection": {"objective.train_projection": False, "objective.text_loss_weight": 0.0},
     }
 
     name: Literal["tes"] = "tes"
@@ -40,6 +46,23 @@ class TextSupervisedConfig(TextObjectiveConfig):
         0.2, description="λ_V: weight of softmax(t) in the target"
     )
     text_loss_weight: Annotated[float, Field(ge=0)] = Field(1.0, description="λ_T: weight of CE(t, y)")
+    train_projection: bool = Field(
+        True, description="train h; else it is fitted to the pre-trained features and stays, batch norm included"
+    )
+
+    def check(self, start: str | None, train: str) -> None:
+        if self.train_projection:
+            return
+        if train == "head":
+            raise ValueError(
+                "`objective.train_projection: false` changes nothing with `train: head`, where the projection does not"
+                " move anyway; add `--train all`"
+            )
+        if start == "random":
+            raise ValueError(
+                "`objective.train_projection: false` needs a projection fitted to the pre-trained features, and a"
+                " random start has none; use `--start probe`"
+            )
 
 
 class TextSupervised(TextObjective):
@@ -51,6 +74,22 @@ class TextSupervised(TextObjective):
         "Wang, Xu, Hu, Yan, Sang, Qian: Improved Visual Fine-tuning with Natural Language Supervision. ICCV 2023"
     )
     config: TextSupervisedConfig
+
+    def setup(self, context: ObjectiveContext) -> None:
+        super().setup(context)
+        self.text_head.requires_grad_(self.config.train_projection)
+
+    def train(self, mode: bool = True) -> TextSupervised:
+        """Set the mode; a projection that is not trained keeps the batch norm's statistics that it was fitted with."""
+        super().train(mode)
+        if not self.config.train_projection:
+            self.text_head.eval()
+        return self
+
+    def warm_start(self, features_NF: Tensor, target_NC: Tensor) -> dict[str, float]:
+        if not self.config.train_projection:
+            return self.fit_features(features_NF, target_NC)
+        return super().warm_start(features_NF, target_NC)
 
     def losses(self, out: ModelOutput, target_BC: Tensor) -> dict[str, Tensor]:
         t_BC = self.text_head(out.features_BF)
