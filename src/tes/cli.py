@@ -83,7 +83,8 @@ def train(
         str | None, typer.Argument(metavar="DATA", help="As for `tes check`; may stand in --config instead.")
     ] = None,
     objective: Annotated[
-        str | None, typer.Option(help="tes, ce, label_smoothing; or NAME@PRESET, as in tes@paper.")
+        str | None,
+        typer.Option(help="tes, ce, label_smoothing, text_ce, static_text, l2_sp; or NAME@PRESET, as in tes@paper."),
     ] = None,
     train: Annotated[str | None, typer.Option(help="head (solved in seconds) or all; default: all on a GPU.")] = None,
     start: Annotated[
@@ -257,7 +258,7 @@ def check(
     only_classes: OnlyClasses = None,
     shots: Shots = None,
     fraction: Fraction = None,
-    objective: Annotated[str | None, typer.Option(help="tes, ce, label_smoothing.")] = None,
+    objective: Annotated[str | None, typer.Option(help="As for `tes train`.")] = None,
     backbone: BackboneName = None,
     checkpoint: Checkpoint = None,
     text: Text = None,

@@ -334,6 +334,16 @@ def test_h_is_fitted_anew_to_anything_else(changed):
 
 
 @pytest.mark.parametrize("name", objectives.names())
+def test_what_a_search_draws_for_an_objective_are_settings_of_its_own(name):
+    config = objectives.get(name).Config
+    for key, range_ in config.search.items():
+        field = key.removeprefix("objective.")
+        default = config.model_fields[field].default
+        assert range_.low <= default <= range_.high and (range_.low > 0 or not range_.log)
+        assert all(config(**{field: value}) for value in (range_.low, range_.high))
+
+
+@pytest.mark.parametrize("name", objectives.names())
 def test_every_objective_keeps_the_contract(name):
     text = text_rows().astype("float32") if "class_text" in objectives.get(name).needs else None
     objective = make(name, text)

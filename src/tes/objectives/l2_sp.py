@@ -12,11 +12,15 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from tes.config import ObjectiveConfig
+from tes.config import ObjectiveConfig, Range
 from tes.objectives.base import ModelOutput, Objective, ObjectiveContext
 
 
 class L2SPConfig(ObjectiveConfig):
+    search: ClassVar[Mapping[str, Range]] = {
+        "objective.alpha": Range(1e-3, 0.1, log=True),
+        "objective.beta": Range(1e-3, 0.1, log=True),
+    }
     defaults: ClassVar[Mapping[str, Any]] = {"optim.weight_decay": 0.0}  # it stands in the place of weight decay
 
     name: Literal["l2_sp"] = "l2_sp"

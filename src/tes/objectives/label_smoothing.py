@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 from torch import Tensor
 
-from tes.config import ObjectiveConfig
+from tes.config import ObjectiveConfig, Range
 from tes.objectives.base import ModelOutput, Objective
 
 
 class LabelSmoothingConfig(ObjectiveConfig):
+    search: ClassVar[Mapping[str, Range]] = {"objective.smoothing": Range(0.02, 0.3, log=True)}
+
     name: Literal["label_smoothing"] = "label_smoothing"
     smoothing: Annotated[float, Field(ge=0, lt=1)] = Field(
         0.1, description="probability spread evenly over all classes"

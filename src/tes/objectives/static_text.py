@@ -17,7 +17,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from tes.config import ObjectiveConfig
+from tes.config import ObjectiveConfig, Range
 from tes.objectives.base import ObjectiveContext
 from tes.objectives.tes import TextSupervised, TextSupervisedConfig
 
@@ -25,7 +25,10 @@ TEMPERATURES = (1e-4, 1e4)
 
 
 class StaticTextConfig(TextSupervisedConfig):
-    presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
+    search: ClassVar[Mapping[str, Range]] = {
+        key: TextSupervisedConfig.search[key] for key in ("objective.text_target_weight", "objective.text_loss_weight")
+    }
+    presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {}  # those of `tes` are about softmax(t)
 
     name: Literal["static_text"] = "static_text"
     static_temperature: Annotated[float, Field(gt=0)] | None = Field(

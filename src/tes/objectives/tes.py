@@ -18,12 +18,17 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from tes.config import ObjectiveConfig
+from tes.config import ObjectiveConfig, Range
 from tes.objectives.base import ModelOutput, ObjectiveContext, soft_cross_entropy
 from tes.objectives.text_objective import TextObjective, TextObjectiveConfig
 
 
 class TextSupervisedConfig(TextObjectiveConfig):
+    search: ClassVar[Mapping[str, Range]] = {
+        **TextObjectiveConfig.search,
+        "objective.text_target_weight": Range(0.0, 0.5),
+        "objective.text_loss_weight": Range(0.1, 3.0, log=True, train="all"),
+    }
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {
         "paper": {
             "objective.text_target_weight": 0.2,

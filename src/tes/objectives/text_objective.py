@@ -6,6 +6,7 @@ Shapes: N images, C classes, F features, D dimensions of the text embedding.
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping
 from typing import Annotated, ClassVar, Literal
 
 import numpy as np
@@ -13,13 +14,15 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from tes.config import ObjectiveConfig
+from tes.config import ObjectiveConfig, Range
 from tes.objectives.base import Objective, ObjectiveContext
 from tes.objectives.text_head import TextHead, fit_text_head
 from tes.text.controls import derangement
 
 
 class TextObjectiveConfig(ObjectiveConfig):
+    search: ClassVar[Mapping[str, Range]] = {"objective.temperature": Range(0.03, 0.3, log=True)}
+
     temperature: Annotated[float, Field(gt=0)] = Field(0.1, description="τ: divides the cosines to the class texts")
     text_rows: Literal["own", "permuted", "random"] = Field(
         "own", description="controls: each class has another's row of Z, or a random direction; the prior keeps its own"
