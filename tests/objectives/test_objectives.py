@@ -304,6 +304,13 @@ def on_features(name: str, store: dict, text, features, target, seed: int = 0, *
     return objective
 
 
+def test_the_fit_of_h_leaves_no_gradient_behind_for_the_first_step_to_add_to():
+    features, target, text = fixed_features()
+    objective = on_features("tes", {}, text, features, target)
+    objective.warm_start(features, target)
+    assert all(parameter.grad is None for parameter in objective.parameters())
+
+
 def test_h_is_fitted_once_for_all_that_share_a_store(monkeypatch):
     features, target, text = fixed_features()
     store: dict = {}
