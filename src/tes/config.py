@@ -116,19 +116,6 @@ class PriorConfig(Settings):
     zero_shot_trust: Annotated[float, Field(gt=0)] = Field(1.0, description="the trust α where there is no image")
 
 
-@dataclass(frozen=True)
-class Range:
-    """Where a random search looks for a setting: uniform from `low` to `high`, or uniform in its logarithm.
-
-    `train` is the one value of `train` with which the setting has an effect; None: with any.
-    """
-
-    low: float
-    high: float
-    log: bool = False
-    train: str | None = None
-
-
 class ObjectiveConfig(Settings):
     """Base of the objectives' own settings.
 
@@ -136,7 +123,6 @@ class ObjectiveConfig(Settings):
     values it gives; `search` names the settings of its own that are worth a search, and where.
     """
 
-    search: ClassVar[Mapping[str, Range]] = {}
     defaults: ClassVar[Mapping[str, Any]] = {}
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
     search: ClassVar[Mapping[str, Range]] = {}
