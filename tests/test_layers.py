@@ -19,6 +19,7 @@ ROOMS = [
     {"objectives"},
     {"engine"},
     {"run", "run_writer", "card", "settle", "search"},
+    {"comparison"},
     {"job"},
     {"verbs"},
     {"catalogue"},

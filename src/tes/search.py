@@ -25,7 +25,9 @@ LEARNING_RATE_FACTOR = 10.0
 
 def space(config: Config, objective_class: type[Objective]) -> dict[str, Range]:
     """Return what a search varies: the arm's own knobs, and those of the optimiser or the solved head."""
-    ranges: dict[str, Range] = dict(objective_class.Config.search)
+    # What a preset fixes makes the arm what it is, a control for example: it is not searched.
+    fixed = objective_class.Config.presets.get(config.objective.preset or "", {})
+    ranges = {key: place for key, place in objective_class.Config.search.items() if key not in fixed}
     if config.train == "head":
         ranges.pop("objective.text_loss_weight", None)  # features do not move: h is fitted whatever its weight
         ranges |= HEAD

@@ -1,8 +1,8 @@
 """The text prior: what the pre-training classifier would say about new classes, carried over by their names.
 
 A supervised backbone ships a head W_src (S, F) with named rows. Kernel ridge regression from a name's embedding to its
-row, fitted on the S source classes, predicts a row for any name (METHOD.md's section 8; the idea of predicting
-classifier weights from text is that of Elhoseiny et al. 2013, "Write a Classifier"):
+row, fitted on the S source classes, predicts a row for any name (predicting classifiers from text:
+Elhoseiny et al. 2013, "Write a Classifier"):
 
     A = normalize(Z_src - m),  B = normalize(Z_target - m),  m the mean row of Z_src
     W̄ = W_src minus its mean row, scaled so that its rows have mean norm 1

@@ -10,7 +10,7 @@ trust α is learned together with the head:
 
 What trust costs does not fade with N as what corrections cost does: the more images, the larger the V that fits them,
 and a prior at a price that fades as well would be used to save on V whether it is right or not (LOG.md, 2026-11-25).
-In the terms of METHOD.md's κ: ours times the number of images per class. The solution is folded into a plain linear layer on the pooled feature: W = 20 W̃ / r, b' = b - W μ.
+The solution is folded into a plain linear layer on the pooled feature: W = 20 W̃ / r, b' = b - W μ.
 Shapes: N images, F features, C classes, K coordinates of the images.
 """
 
