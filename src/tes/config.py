@@ -108,9 +108,9 @@ class PriorConfig(Settings):
     """The text prior: rows for the classes predicted from their names by way of the source head (engine/prior.py)."""
 
     form: Literal["joint", "per_class"] = Field(
-        "joint", description="one trust for all classes, or one per class around a common one"
+        "per_class", description="one trust for all classes, or one per class around a common one"
     )
-    kappa: Annotated[float, Field(gt=0)] = Field(0.1, description="κ: what trust costs")
+    kappa: Annotated[float, Field(gt=0)] = Field(0.2, description="κ: what trust costs")
     gamma: Annotated[float, Field(gt=0)] = Field(5.0, description="γ: how fast a source name's say falls off")
     rho: Annotated[float, Field(gt=0)] = Field(0.03, description="ρ: the ridge of the regression from text to rows")
     zero_shot_trust: Annotated[float, Field(gt=0)] = Field(1.0, description="the trust α where there is no image")

@@ -71,8 +71,8 @@ class Prior:
     """A guess P (C, F) at the rows of W̃, float64 with rows of norm 1 (or 0), and how trust in it is learned."""
 
     rows_CF: Tensor
-    form: str = "joint"
-    kappa: float = 0.1
+    form: str = "per_class"
+    kappa: float = 0.2
     zero_shot_trust: float = 1.0
 
 
