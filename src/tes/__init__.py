@@ -24,6 +24,7 @@ _WHERE = {
     "TesError": "tes.errors",
     "available": "tes.catalogue",
     "check": "tes.verbs.check",
+    "compare": "tes.verbs.compare",
     "evaluate": "tes.verbs.evaluate",
     "load_config": "tes.config",
     "register": "tes.catalogue",

@@ -302,6 +302,9 @@ def compare(
     trials: Annotated[int, typer.Option(help="Of a random search, as many for every arm; 1: the defaults.")] = 1,
     split: Annotated[str, typer.Option(help="test; or val, for designing defaults: test is never opened.")] = "test",
     protocol: Annotated[str, typer.Option(help="val; or paper: chosen on test, and labelled so.")] = "val",
+    controls: Annotated[
+        bool, typer.Option("--controls/--no-controls", help="Add the arms that tell what a gain is owed to.")
+    ] = True,
     train: Annotated[str | None, typer.Option(help="head (solved in seconds) or all; default: all on a GPU.")] = None,
     classes: Classes = None,
     only_classes: OnlyClasses = None,
@@ -339,7 +342,7 @@ def compare(
     from tes.verbs.compare import Settings
     from tes.verbs.compare import compare as run_compare
 
-    comparison, summary = run_compare(
+    comparison = run_compare(
         Settings(config, flags, assignments or []),
         _listed(arms),
         shots=_listed(shots),
@@ -348,9 +351,10 @@ def compare(
         num_trials=trials,
         split=split,
         protocol=protocol,
+        controls=controls,
         out=out,
     )
-    print(json.dumps(summary, ensure_ascii=False) if as_json else render(summary))
+    print(json.dumps(comparison.summary, ensure_ascii=False) if as_json else render(comparison.summary))
     if not as_json:
         print(f"\ncomparison: {comparison.path} (table.csv, summary.json, and a run folder for each cell)")
 

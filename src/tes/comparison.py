@@ -101,6 +101,14 @@ class Comparison:
             raise RunError(f"The comparison `{folder}` is not finished; run the same `tes compare` again to continue.")
         return comparison
 
+    @cached_property
+    def summary(self) -> dict[str, Any]:
+        """What summary.json says; see `summarise`."""
+        value = read_json(self.path / "summary.json", RunError)
+        if not isinstance(value, dict) or not isinstance(value.get("arms"), dict):
+            raise RunError(f"`{self.path / 'summary.json'}` is not the summary of a comparison.")
+        return value
+
     def run(self, shots: str, seed: int, arm: str) -> Run:
         """Return a cell; of an arm that is run once, that one run for every seed."""
         if shots == "all" and arm in self.plan.single:
@@ -210,15 +218,13 @@ def summarise(comparison: Comparison) -> dict[str, Any]:
     }
 
 
-def write_results(comparison: Comparison) -> dict[str, Any]:
-    """Write table.csv, trials.csv and, last, summary.json; return the summary."""
+def write_results(comparison: Comparison) -> None:
+    """Write table.csv, trials.csv and, last, summary.json."""
     _write_csv(comparison.path / "table.csv", COLUMNS, table_rows(comparison))
     if comparison.plan.num_trials > 1:
         columns = ("arm", "shots", "seed", "trial", "selected", "nll", "mean_per_class", "settings")
         _write_csv(comparison.path / "trials.csv", columns, _trial_rows(comparison))
-    summary = summarise(comparison)
-    write_json(comparison.path / "summary.json", summary)
-    return summary
+    write_json(comparison.path / "summary.json", summarise(comparison))
 
 
 def render(summary: Mapping[str, Any]) -> str:

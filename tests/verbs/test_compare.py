@@ -29,7 +29,7 @@ def table(comparison):
 
 
 def test_every_arm_is_scored_in_every_cell_beside_what_credit_needs(begin):
-    comparison, summary = begin()
+    comparison = begin()
     rows = table(comparison)
     arms = ["ce", "tes", "ce+probe+prior", "ce+probe+lookup", "ce+probe+permuted"]
     cells = {(row["arm"], row["shots"], row["seed"]) for row in rows}
@@ -39,14 +39,14 @@ def test_every_arm_is_scored_in_every_cell_beside_what_credit_needs(begin):
     for row in rows:
         run = tes.Run.open(comparison.path / row["run"])
         assert float(row["mean_per_class"]) == run.metrics["test"][row["head"]]["mean_per_class"]
-    entry = summary["arms"]["tes"]
-    assert not summary["arms"]["ce+probe+lookup"]["typed"] and "sentence" in entry
+    entry = comparison.summary["arms"]["tes"]
+    assert not comparison.summary["arms"]["ce+probe+lookup"]["typed"] and "sentence" in entry
     assert sum(entry["credit"].values()) == pytest.approx(entry["effect"]["mean"])
     assert set(entry["credit"]) == {"the text prior", "the objective"}
 
 
 def test_the_difference_is_paired_by_seed_with_the_mean_over_shots_first(begin):
-    comparison, summary = begin()
+    comparison = begin()
     scores = {
         (row["arm"], row["seed"], row["shots"]): float(row["mean_per_class"])
         for row in table(comparison)
@@ -56,28 +56,36 @@ def test_the_difference_is_paired_by_seed_with_the_mean_over_shots_first(begin):
         np.mean([scores["tes", seed, shots] for shots in "12"]) - np.mean([scores["ce", seed, shots] for shots in "12"])
         for seed in "01"
     ]
-    effect = summary["arms"]["tes"]["effect"]
+    effect = comparison.summary["arms"]["tes"]["effect"]
     assert effect["mean"] == pytest.approx(np.mean(by_seed)) and effect["num_seeds"] == 2
 
 
 def test_an_arm_equal_to_ce_is_no_evidence(begin):
-    _, summary = begin(("ce", "ce+probe"), num_seeds=5)
-    effect = summary["arms"]["ce+probe"]["effect"]
+    comparison = begin(("ce", "ce+probe"), num_seeds=5)
+    effect = comparison.summary["arms"]["ce+probe"]["effect"]
     assert effect["mean"] == 0 and effect["ties"] == 5 and effect["verdict"] == "no evidence"
-    assert summary["sentences"][0].startswith("no evidence that `ce+probe` helped: 0.0 points (95 % CI 0.0 to 0.0")
+    assert comparison.summary["sentences"][0].startswith(
+        "no evidence that `ce+probe` helped: 0.0 points (95 % CI 0.0 to 0.0"
+    )
+
+
+def test_controls_are_left_out_on_request(begin):
+    comparison = begin(("tes",), shots=("1",), num_seeds=1, controls=False)
+    assert list(comparison.summary["arms"]) == ["tes", "ce"]
 
 
 def test_an_interrupted_comparison_continues_and_ends_with_the_same_table(begin):
-    comparison, summary = begin()
+    comparison = begin()
     before = (comparison.path / "table.csv").read_bytes()
     runs = sorted(comparison.path.glob("cells/*/*/run.json"))
+    summary = comparison.summary
     (comparison.path / "summary.json").unlink()
     runs[3].unlink()  # as a kill leaves a cell: begun, not finished
     times = {path: path.stat().st_mtime_ns for path in runs if path.exists()}
     with pytest.raises(RunError, match="not finished"):
         Comparison.open(comparison.path)
-    again, same = begin()
-    assert (again.path / "table.csv").read_bytes() == before and same == summary
+    again = begin()
+    assert (again.path / "table.csv").read_bytes() == before and again.summary == summary
     assert {path: path.stat().st_mtime_ns for path in times} == times and runs[3].exists()
 
 
@@ -87,13 +95,13 @@ def test_other_settings_are_refused_with_the_difference_and_more_seeds_are_welco
         begin(num_seeds=1, assignments=["optim.head_penalty=1.0"])
     with pytest.raises(RunError, match="split: test there, val here"):
         begin(num_seeds=1, split="val")
-    _, summary = begin(num_seeds=2)
-    assert summary["seeds"] == [0, 1]
+    comparison = begin(num_seeds=2)
+    assert comparison.summary["seeds"] == [0, 1]
 
 
 def test_split_val_never_opens_the_test_split(begin):
-    comparison, summary = begin(split="val", shots=("1",))
-    assert not list(comparison.path.rglob("test.npz")) and summary["split"] == "val"
+    comparison = begin(split="val", shots=("1",))
+    assert not list(comparison.path.rglob("test.npz")) and comparison.summary["split"] == "val"
     run = comparison.run("1", 0, "tes")
     rows = list(csv.DictReader(run.file("splits.csv").open()))
     allowed = {row["path"] for row in rows if row["split"] in ("val", "unused")}
@@ -102,15 +110,15 @@ def test_split_val_never_opens_the_test_split(begin):
 
 
 def test_shots_that_a_class_lacks_are_left_out_and_the_class_is_named(begin, photos, tmp_path):
-    _, summary = begin(("ce",), shots=("1", "50"), num_seeds=1)
-    assert summary["shots"] == ["1"]
-    assert any("50 shots" in note and "`blue_square` has" in note for note in summary["notes"])
+    comparison = begin(("ce",), shots=("1", "50"), num_seeds=1)
+    assert comparison.summary["shots"] == ["1"]
+    assert any("50 shots" in note and "`blue_square` has" in note for note in comparison.summary["notes"])
     with pytest.raises(DataError, match="`blue_square` has"):
         begin(("ce",), shots=("50",), out="other")
 
 
 def test_a_search_gives_every_arm_the_same_number_of_trials_and_reports_them(begin):
-    comparison, _ = begin(("ce", "tes+probe"), num_trials=3, num_seeds=1)
+    comparison = begin(("ce", "tes+probe"), num_trials=3, num_seeds=1)
     rows = list(csv.DictReader((comparison.path / "trials.csv").open()))
     counts = {(row["arm"], row["shots"]): 0 for row in rows}
     for row in rows:
@@ -124,10 +132,10 @@ def test_a_search_gives_every_arm_the_same_number_of_trials_and_reports_them(beg
 
 
 def test_the_papers_protocol_trains_on_val_too_and_is_labelled(begin):
-    comparison, summary = begin(
+    comparison = begin(
         ("ce+random",), protocol="paper", shots=("all",), num_seeds=1, flags={"train": "all", "optim.num_epochs": 10}
     )
-    assert summary["protocol"] == "paper" and {row["protocol"] for row in table(comparison)} == {"paper"}
+    assert comparison.summary["protocol"] == "paper" and {row["protocol"] for row in table(comparison)} == {"paper"}
     run = comparison.run("all", 0, "ce+random")
     logged = [json.loads(line) for line in (run.path / "metrics.jsonl").read_text().splitlines()]
     looked = [row["heads"]["vision"]["mean_per_class"] for row in logged if row["split"] == "val"]
@@ -135,7 +143,7 @@ def test_the_papers_protocol_trains_on_val_too_and_is_labelled(begin):
 
 
 def test_a_cell_is_a_run_that_predicts_and_evaluates(begin, photos):
-    comparison, _ = begin(shots=("2",), num_seeds=1)
+    comparison = begin(shots=("2",), num_seeds=1)
     run = comparison.run("2", 0, "tes")
     assert not (run.path / "model.safetensors").exists()
     saved = run.predictions("test")
@@ -146,7 +154,7 @@ def test_a_cell_is_a_run_that_predicts_and_evaluates(begin, photos):
 
 
 def test_a_shared_file_is_found_only_under_the_names_that_a_comparison_writes(begin):
-    comparison, _ = begin(("ce",), shots=("1",), num_seeds=1)
+    comparison = begin(("ce",), shots=("1",), num_seeds=1)
     run = comparison.run("1", 0, "ce")
     summary = json.loads((run.path / "run.json").read_text())
     summary["shared"]["backbone.safetensors"] = "../../../somewhere/else.safetensors"

@@ -44,7 +44,7 @@ class Settings:
 
 
 def compare(
-    settings: Settings,
+    settings: Settings | Mapping[str, Any],
     arms: Sequence[str],
     *,
     shots: Sequence[str] = ("all",),
@@ -53,15 +53,16 @@ def compare(
     num_trials: int = 1,
     split: str = "test",
     protocol: str = "val",
+    controls: bool = True,
     out: str | None = None,
     network: nn.Module | None = None,
-) -> tuple[Comparison, dict[str, Any]]:
-    """Train every arm at every number of shots from every seed, and return the comparison and its summary.
+) -> Comparison:
+    """Train every arm at every number of shots from every seed, and return the comparison; see its `summary`.
 
     An interrupted comparison continues where it was when it is started again; finished cells are kept.
 
     Args:
-        settings: What all arms share.
+        settings: What all arms share; a mapping of dotted keys will do.
         arms: `NAME[@PRESET][+START]`; `ce` is added where it is missing, and what credit needs.
         shots: Numbers, `all`, or shares such as `15%`.
         num_seeds: How many seeds.
@@ -69,12 +70,15 @@ def compare(
         num_trials: Of the search, the same for every arm; 1: the defaults.
         split: `test`, or `val` for designing defaults: test is then never opened.
         protocol: `val`, or `paper`: chosen on test, and labelled so.
+        controls: Add the arms that tell what a gain is owed to; they cost as much as the others.
         out: The comparison's folder; None: `runs/<data>-compare`.
         network: Your own pre-trained module.
 
     Raises:
         TesError: A sentence about the input; or the folder holds a comparison with other settings.
     """
+    if not isinstance(settings, Settings):
+        settings = Settings(flags=settings)
     _check(arms, shots, num_seeds, num_trials, split, protocol)
     first = settings.config(arms[0], shots[0], first_seed)
     for arm in arms:
@@ -84,7 +88,8 @@ def compare(
     folder = user_path(out) if out is not None else Path("runs") / f"{source.resolve().stem}-compare"
     with console.quiet():
         loaded = Loaded.open(first, network)
-    plan = _plan(settings, loaded, arms, shots, range(first_seed, first_seed + num_seeds), num_trials, split, protocol)
+    seeds = range(first_seed, first_seed + num_seeds)
+    plan = _plan(settings, loaded, arms, shots, seeds, num_trials, split, protocol, controls)
     for shot, why in plan.skipped.items():
         console.warn(f"{shot} shots are left out: {why}")
     _continue_or_start(folder, plan)
@@ -112,7 +117,8 @@ def compare(
                 run_job(config, loaded, cell, protocol=how, store=store, shared=shared, against=False)
             progress.advance(1)
     comparison = Comparison(folder, plan)
-    return comparison, write_results(comparison)
+    write_results(comparison)
+    return comparison
 
 
 def _check(
@@ -159,6 +165,7 @@ def _plan(
     num_trials: int,
     split: str,
     protocol: str,
+    controls: bool,
 ) -> Plan:
     seeds = tuple(seeds)
     kept, skipped = [], {}
@@ -173,7 +180,7 @@ def _plan(
         raise DataError(f"No number of shots can be drawn: {listing(list(skipped.values()), 1)}")
     starts = {arm: _start(settings, loaded, arm, kept[0], seeds[0]) for arm in arms}
     added = [] if BASELINE in arms else [BASELINE]
-    for start in dict.fromkeys(starts.values()):
+    for start in dict.fromkeys(starts.values() if controls else ()):
         wanted = [] if start == "probe" else [start]
         if start in PRIOR_STARTS:
             wanted = ["probe+prior", "probe+lookup", "probe+permuted"] + ([start] if start == "prior" else [])
