@@ -130,6 +130,10 @@ class ObjectiveConfig(Settings):
     name: str
     preset: str | None = Field(None, description="a named set of values, for example the authors' own")
 
+    def decide(self, train: str) -> dict[str, tuple[Any, str]]:
+        """Return own settings that are None, each with a value and the reason; asked once `train` is decided."""
+        return {}
+
     def check(self, start: str | None, train: str) -> None:
         """Refuse a start or a `train` that these settings cannot work with.
 

@@ -103,6 +103,8 @@ def settle(
     elif train == "auto":
         train = "head" if device == "cpu" else "all"
         decide("train", train, "no accelerator" if device == "cpu" else f"on {device}")
+    for key, (value, why) in config.objective.decide(train).items():
+        decide(f"objective.{key}", value, why)
     _settle_start(config, backbone, objective_class, source_text, decide)
     if config.refit == "auto":
         if train == "head" and config.data.shots is None:

@@ -15,9 +15,14 @@ from tes.objectives.static_text import matching_temperature
 B, C, F, D = 6, 5, 7, 4
 
 
+def settled(name: str, **settings):
+    config = objectives.get(name).Config(**settings)
+    return config.model_copy(update={key: value for key, (value, _) in config.decide("all").items()})
+
+
 def make(name: str, text: np.ndarray | None = None, seed: int = 0, **settings):
     part = objectives.get(name)
-    objective = part(part.Config(**settings))
+    objective = part(settled(name, **settings))
     rows = None if text is None else torch.from_numpy(text)
     start = weights() if "trainable_backbone" in part.needs else None
     objective.setup(ObjectiveContext(F, C, seed, rows, start_weights=start))
@@ -298,7 +303,7 @@ def fixed_features(num_images: int = 60):
 
 def on_features(name: str, store: dict, text, features, target, seed: int = 0, **settings):
     part = objectives.get(name)
-    objective = part(part.Config(**settings))
+    objective = part(settled(name, **settings))
     context = ObjectiveContext(F, C, seed, text, features_NF=features, target_NC=target, store=store)
     objective.setup(context)
     return objective
@@ -345,7 +350,7 @@ def test_what_a_search_draws_for_an_objective_are_settings_of_its_own(name):
     config = objectives.get(name).Config
     for key, range_ in config.search.items():
         field = key.removeprefix("objective.")
-        default = config.model_fields[field].default
+        default = getattr(settled(name), field)
         assert range_.low <= default <= range_.high and (range_.low > 0 or not range_.log)
         assert all(config(**{field: value}) for value in (range_.low, range_.high))
 

@@ -192,3 +192,10 @@ def test_the_command_prints_one_json_object(cli, photos, with_prior, tmp_path):
     )
     assert code == 0, err
     assert json.loads(out)["arms"].keys() == {"ce", "tes", "ce+probe+prior", "ce+probe+lookup", "ce+probe+permuted"}
+
+
+def test_a_setting_of_an_objective_goes_to_the_arms_that_have_it(begin):
+    comparison = begin(("ce", "tes"), shots=("1",), num_seeds=1, assignments=["objective.temperature=0.2"])
+    assert comparison.run("1", 0, "tes").settings["objective"]["temperature"] == 0.2
+    with pytest.raises(ConfigError, match=r"objective\.smoothing=0\.2`: no arm's objective has this setting"):
+        begin(("ce", "tes"), out="other", assignments=["objective.smoothing=0.2"])

@@ -47,13 +47,21 @@ class TextSupervisedConfig(TextObjectiveConfig):
     }
 
     name: Literal["tes"] = "tes"
-    text_target_weight: Annotated[float, Field(ge=0, le=1)] = Field(
-        0.2, description="λ_V: weight of softmax(t) in the target"
+    text_target_weight: Annotated[float, Field(ge=0, le=1)] | None = Field(
+        None, description="λ_V: weight of softmax(t) in the target; None: 0.1 for a solved head, 0.2 for all weights"
     )
     text_loss_weight: Annotated[float, Field(ge=0)] = Field(1.0, description="λ_T: weight of CE(t, y)")
     train_projection: bool = Field(
         True, description="train h; else it is fitted to the pre-trained features and stays, batch norm included"
     )
+
+    def decide(self, train: str) -> dict[str, tuple[Any, str]]:
+        if self.text_target_weight is not None:
+            return {}
+        if train == "head":
+            # A solved head is not overconfident: more softening makes it doubt what it has right (LOG.md, 2026-11-25).
+            return {"text_target_weight": (0.1, "a solved head is well calibrated already")}
+        return {"text_target_weight": (0.2, "all weights are trained")}
 
     def check(self, start: str | None, train: str) -> None:
         if self.train_projection:
@@ -123,4 +131,5 @@ class TextSupervised(TextObjective):
 
     def _soften(self, target_BC: Tensor, t_BC: Tensor) -> Tensor:
         weight = self.config.text_target_weight
+        assert weight is not None, "settle() has decided it"
         return (1 - weight) * target_BC + weight * self.guess(target_BC, t_BC)

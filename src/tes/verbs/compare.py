@@ -17,6 +17,7 @@ from tes.errors import ConfigError, DataError, RunError, listing
 from tes.files import user_path
 from tes.job import Loaded, Protocol, run_job
 from tes.objectives import objectives
+from tes.objectives.base import Objective
 from tes.run_writer import Shared, write_thumbnails
 from tes.settle import check_needs, settle
 
@@ -34,13 +35,15 @@ class Settings:
     assignments: Sequence[str] = ()
 
     def config(self, arm: str, shots: str, seed: int) -> Config:
-        """Return a cell's settings.
+        """Return a cell's settings; those below `objective` go to the arms whose objective has them.
 
         Raises:
             ConfigError: The arm, the shots or another setting is wrong.
         """
+        objective_class = objectives.get(arm.partition("+")[0].partition("@")[0])
+        assignments = [line for line in self.assignments if _concerns(line, objective_class)]
         own = {**arm_flags(arm), **_subset(shots), "seed": seed, "refit": "none"}
-        return load_config(self.file, {**self.flags, **own}, self.assignments)
+        return load_config(self.file, {**self.flags, **own}, assignments)
 
 
 def compare(
@@ -80,6 +83,10 @@ def compare(
     if not isinstance(settings, Settings):
         settings = Settings(flags=settings)
     _check(arms, shots, num_seeds, num_trials, split, protocol)
+    named = [objectives.get(arm.partition("+")[0].partition("@")[0]) for arm in arms]
+    for line in settings.assignments:
+        if not any(_concerns(line, objective_class) for objective_class in named):
+            raise ConfigError(f"`--set {line}`: no arm's objective has this setting.")
     first = settings.config(arms[0], shots[0], first_seed)
     for arm in arms:
         config = settings.config(arm, shots[0], first_seed)
@@ -119,6 +126,11 @@ def compare(
     comparison = Comparison(folder, plan)
     write_results(comparison)
     return comparison
+
+
+def _concerns(assignment: str, objective_class: type[Objective]) -> bool:
+    prefix, _, name = assignment.partition("=")[0].strip().partition(".")
+    return prefix != "objective" or not name or name in objective_class.Config.model_fields
 
 
 def _check(
