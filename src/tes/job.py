@@ -337,7 +337,9 @@ def _attempt(
 ) -> _Attempt:
     if settings:
         if "optim.learning_rate" in settings:
-            settings = settings | {"optim.head_learning_rate": settings["optim.learning_rate"]}
+            assert config.optim.learning_rate and config.optim.head_learning_rate, "settled"
+            ratio = config.optim.head_learning_rate / config.optim.learning_rate
+            settings = settings | {"optim.head_learning_rate": ratio * settings["optim.learning_rate"]}
         config = config.replace(settings)
         given = replace(given, prior=loaded.prior(config))
         log = partial(_log_trial, log, settings)

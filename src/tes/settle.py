@@ -23,6 +23,9 @@ LEARNING_RATE = {
     "adamw": {"conv": 1e-4, "depthwise": 1e-4, "transformer": 3e-5},
     "sgd": {"conv": 1e-3, "depthwise": 1e-3, "transformer": 1e-3},
 }
+RANDOM_START = {"adamw": (3.0, 10.0), "sgd": (10.0, 1.0)}
+"""From a random head: the backbone's rate in units of the above, and the head's in units of the backbone's. A random
+head has far to go, and an arm that starts from one would else be judged by its undertraining (LOG.md, 2026-11-25)."""
 
 
 @dataclass(frozen=True)
@@ -144,11 +147,14 @@ def _settle_start(
 
 def _settle_optimiser(config: Config, family: str, num_images: int, decide: Any) -> None:
     optim = config.optim
-    usual = LEARNING_RATE[optim.name][family]
-    why = f"the default of {optim.name} for a {family} network"
+    is_random = config.start == "random"
+    backbone_factor, head_factor = RANDOM_START[optim.name] if is_random else (1.0, 1.0)
+    usual = LEARNING_RATE[optim.name][family] * backbone_factor
+    why = f"the default of {optim.name} for a {family} network" + (" from a random head" if is_random else "")
     learning_rate = optim.learning_rate or decide("optim.learning_rate", usual, why)
     if optim.head_learning_rate is None:
-        decide("optim.head_learning_rate", learning_rate, "as the backbone's")
+        why = f"{head_factor:g} times the backbone's: a random head" if head_factor > 1 else "as the backbone's"
+        decide("optim.head_learning_rate", head_factor * learning_rate, why)
     if optim.num_steps is None:
         num_epochs = optim.num_epochs or NUM_EPOCHS
         per_epoch = steps_per_epoch(num_images, optim.batch_size)

@@ -389,3 +389,12 @@ def test_a_batch_is_never_split_into_single_images(settings):
 def test_an_extreme_penalty_is_one_sentence(settings):
     with pytest.raises(TrainingError, match="no finite solution"):
         tes.train(settings(objective="ce", optim__head_penalty=1e300))
+
+
+def test_a_random_head_gets_a_larger_learning_rate_than_one_that_fits_already(settings, tmp_path):
+    rates = {}
+    for start in ("probe", "random"):
+        flags = {"objective": "ce", "train": "all", "start": start, "optim__num_steps": 1, "out": str(tmp_path / start)}
+        optim = tes.train(settings(**flags)).settings["optim"]
+        rates[start] = optim["learning_rate"], optim["head_learning_rate"]
+    assert rates["probe"][0] == rates["probe"][1] < rates["random"][0] < rates["random"][1]
