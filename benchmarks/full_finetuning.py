@@ -2,8 +2,8 @@
 
     python benchmarks/full_finetuning.py SHARED flowers.csv OUT [--seeds 3] [--first-seed 0]
 
-SHARED holds `data/caltech101`, `data/grocerystore` and `weights/mobilenetv1_025.imagenet.safetensors`; flowers.csv comes
-from flowers_csv.py. Every setting is a comparison in OUT and is continued when this is started again. No retraining.
+SHARED holds `data/caltech101`, `data/grocerystore` and `weights/mobilenetv1_025.imagenet.safetensors`; flowers.csv
+comes from flowers_csv.py. Every setting is a comparison in OUT and is continued when this is started again.
 """
 
 from __future__ import annotations
