@@ -17,7 +17,7 @@ from torch import nn
 from tes.config import BackboneConfig, ImageConfig
 from tes.errors import ConfigError, MissingExtraError, ModelError
 from tes.models import bundled
-from tes.models.backbone import Backbone, family_of, load_backbone, source_names
+from tes.models.backbone import Backbone, family_of, hub_names, load_backbone, source_names
 from tes.models.image_settings import IMAGENET
 
 TINY_RESNET = {"name": "resnet18", "kwargs": {"channels": [4, 8, 8, 16], "stem_width": 4}}
@@ -263,3 +263,39 @@ def test_whatever_an_own_factory_raises_is_one_sentence(tmp_path, monkeypatch, b
         load_backbone(BackboneConfig(name="odd_factory:build"), ImageConfig())
     with pytest.raises(ModelError, match="cannot be imported"):
         load_backbone(BackboneConfig(name="../x:y"), ImageConfig())
+
+
+@pytest.mark.parametrize(
+    ("name", "num_rows", "first"),
+    [
+        ("resnet50.a1_in1k", 1000, "tench"),
+        ("vit_base_patch16_224.augreg2_in21k_ft_in1k", 1000, "tench"),
+        ("vit_base_patch16_224.augreg_in21k", 21843, "organism"),
+        ("vit_base_patch16_224.dino", 1000, None),  # no classifier of its own, whatever its number of rows
+        ("resnet50.a1_in1k", 10, None),
+    ],
+)
+def test_hub_weights_know_their_source_classes_by_their_tag(name, num_rows, first):
+    import timm
+
+    names = hub_names(timm.get_pretrained_cfg(name).to_dict(), num_rows)
+    assert (names and names[0]) == first
+    if names:
+        assert len(names) == num_rows
+
+
+def test_a_moco_checkpoint_gives_its_query_encoder_and_names_what_is_set_aside(tmp_path):
+    network = timm_checkpoint(tmp_path / "plain.safetensors", TINY_RESNET)
+    tensors = {name: value for name, value in network.state_dict().items() if not name.startswith("fc.")}
+    moco = {f"module.encoder_q.{name}": value for name, value in tensors.items()}
+    moco |= {f"module.encoder_k.{name}": torch.zeros_like(value) for name, value in tensors.items()}
+    moco |= {"module.encoder_q.fc.0.weight": torch.ones(3, 16), "module.queue": torch.ones(2, 2)}
+    torch.save({"epoch": 1, "arch": "resnet18", "state_dict": moco}, tmp_path / "moco.pth")
+    loaded = load_backbone(BackboneConfig(**TINY_RESNET, checkpoint=str(tmp_path / "moco.pth")), ImageConfig(size=32))
+    plain = load_backbone(
+        BackboneConfig(**TINY_RESNET, checkpoint=str(tmp_path / "plain.safetensors")), ImageConfig(size=32)
+    )
+    images = torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8)
+    with torch.no_grad():
+        assert torch.allclose(loaded.eval()(images), plain.eval()(images), atol=1e-5)
+    assert loaded.source_head is None and any("fc.0.weight" in note for note in loaded.notes)

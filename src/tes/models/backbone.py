@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib
+import re
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -199,6 +200,8 @@ def _timm_model(config: BackboneConfig, images: ImageConfig) -> Backbone:
     classifier = config.source_head or network.pretrained_cfg.get("classifier") or "fc"
     classifier = classifier if isinstance(classifier, str) else classifier[0]
     head, rest = _split_head(weights, classifier, config)
+    if config.checkpoint is None and head is not None and head.names is None:
+        head = SourceHead(head.weight_SF, head.bias_S, hub_names(network.pretrained_cfg, len(head.weight_SF)))
     unused = load_strictly(network, rest, what)
     notes = (
         [f"{what} has {len(unused)} tensors that the network has no place for: {', '.join(unused[:5])}"]
@@ -336,9 +339,27 @@ def source_names(source_classes: str | None, num_rows: int) -> tuple[str, ...] |
     return names
 
 
-def imagenet_names() -> tuple[str, ...]:
-    """Return ImageNet's 1,000 class names in the order of its classifiers, by their first synonym."""
+def hub_names(pretrained_cfg: Mapping[str, Any], num_rows: int) -> tuple[str, ...] | None:
+    """Return the names of a Hub checkpoint's source classes where its tag says that it was last trained on ImageNet.
+
+    Args:
+        pretrained_cfg: timm's, whose tag reads like `a1_in1k` or `augreg_in21k_ft_in1k`.
+        num_rows: Of the source head; tells the variants of ImageNet-21k apart.
+    """
+    from timm.data import infer_imagenet_subset
+
+    tag = pretrained_cfg.get("tag") or ""
+    subset = infer_imagenet_subset({"num_classes": num_rows})
+    stages = re.findall(r"(?:^|_)in(?:1k|12k|21k|22k)(?=_|$)", tag)
+    is_small = subset == "imagenet-1k"
+    if subset is None or not stages or stages[-1].endswith("in1k") != is_small:
+        return None
+    return imagenet_names(subset)
+
+
+def imagenet_names(subset: str = "imagenet-1k") -> tuple[str, ...]:
+    """Return ImageNet's class names in the order of its classifiers, by their first synonym."""
     from timm.data import ImageNetInfo
 
-    info = ImageNetInfo()
+    info = ImageNetInfo(subset)
     return tuple(info.index_to_description(index).split(",")[0].strip() for index in range(info.num_classes()))
