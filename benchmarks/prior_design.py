@@ -78,7 +78,7 @@ def measure(config: tes.Config, loaded: Loaded, permuted: bool) -> list[dict[str
     per_class = len(train) / dataset.num_classes
     problems = [("probe", 0.0, HeadProblem(0.3))]
     for form, kappa, grows in FORMS:
-        problem = HeadProblem(0.3, Prior(prior.rows_CF, form, kappa * per_class if grows else kappa))
+        problem = HeadProblem(0.3, Prior(prior.rows_CF, form, kappa if grows else kappa / per_class))
         problems.append((form + (" × n" if grows else ""), kappa, problem))
     for form, kappa, problem in problems:
         solved = problem.solve(x_NF, target_NC, tolerance=1e-5)
