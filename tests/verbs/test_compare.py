@@ -74,6 +74,16 @@ def test_controls_are_left_out_on_request(begin):
     assert list(comparison.summary["arms"]) == ["tes", "ce"]
 
 
+def test_arms_of_one_draw_solve_what_they_share_once(begin, monkeypatch):
+    from tes.engine.solve import HeadProblem
+
+    solved = []
+    solve = HeadProblem.solve
+    monkeypatch.setattr(HeadProblem, "solve", lambda self, *given: solved.append(self.prior) or solve(self, *given))
+    begin(("ce", "label_smoothing", "text_ce"), shots=("1",), num_seeds=1)
+    assert len(solved) == 2  # the probe, for all three, and the head for smoothed labels
+
+
 def test_an_interrupted_comparison_continues_and_ends_with_the_same_table(begin):
     comparison = begin()
     before = (comparison.path / "table.csv").read_bytes()

@@ -22,6 +22,7 @@ from tes.engine.learner import Learner, one_hot
 from tes.engine.loader import steps_per_epoch, train_batches
 from tes.engine.solve import HeadProblem, Prior, Solution
 from tes.engine.start import random_head
+from tes.files import sha256_text
 from tes.objectives import objectives
 from tes.objectives.base import Objective, ObjectiveContext
 
@@ -99,7 +100,7 @@ def fit(
     else:
         target_NC = one_hot(torch.from_numpy(dataset.labels[indices]), num_classes)
         features_NF = given.features(indices)
-        start = problem.solve(features_NF, target_NC)
+        start = _once(given.store, _start_key(config, indices), lambda: problem.solve(features_NF, target_NC))
         features_NF, target_NC = features_NF.to(compute.device), target_NC.to(compute.device)
     objective: Objective = objectives.get(config.objective.name)(config.objective)
     learner = Learner(backbone if config.train == "head" else copy.deepcopy(backbone), start.head, objective, compute)
@@ -125,6 +126,20 @@ def fit(
     figures = {} if features_NF is None else objective.warm_start(features_NF, target_NC)
     _step(learner, config, dataset, indices, log, evaluate, num_evaluations, keep_best)
     return Fitted(learner, start, start.trust_C, figures)
+
+
+def _start_key(config: Config, indices: np.ndarray) -> str:
+    """Return what a solved start depends on, among runs that share a store."""
+    uses = (config.prior, config.text, config.seed) if config.start in PRIOR_STARTS else ()
+    return (
+        f"start {sha256_text(indices.tobytes().hex(), str(config.start), str(config.optim.head_penalty), repr(uses))}"
+    )
+
+
+def _once(store: MutableMapping[str, Any], key: str, solve: Callable[[], Solution]) -> Solution:
+    if key not in store:
+        store[key] = solve()
+    return store[key]
 
 
 def _solve(
