@@ -434,7 +434,7 @@ def _data_flags(
 
 
 def _shots_flag(settings: Any) -> str:
-    return "" if settings.data.shots is None else f" --shots {settings.data.shots}"
+    return "" if settings.data.shots is None else f" --shots {settings.data.shots or 1}"
 
 
 def _listed(text: str) -> list[str]:

@@ -413,20 +413,24 @@ def _against_ce(
 
 
 def _against_sentence(arm: str, against: dict[str, Any]) -> str:
-    points = 100 * against["difference"]
-    interval = against["interval"]
+    interval, error = against["interval"], against["nll_standard_error"]
     sure = f" (95 % {100 * interval[0]:+.1f} to {100 * interval[1]:+.1f})" if interval else ""
-    error = against["nll_standard_error"]
-    nll = f"NLL {against['nll_difference']:+.3f}" + (f" ± {error:.3f}" if error is not None else "")
-    judged = "no difference that these images can show"
-    if interval and interval[0] > 0:
-        judged = "better here"
-    elif interval and interval[1] < 0:
-        judged = "worse here"
+    spread = f" ± {error:.3f}" if error is not None else ""
     return (
-        f"`{arm}` against plain fine-tuning (`ce`) on {against['num_samples']} validation images: {points:+.1f} points"
-        f" mean per class{sure}, {nll}: {judged}. One draw; `tes compare` tells how sure."
+        f"`{arm}` against plain fine-tuning (`ce`) on {against['num_samples']} validation images:"
+        f" {100 * against['difference']:+.1f} points mean per class{sure}: {_judged(*(interval or (-1, 1)))};"
+        f" NLL {against['nll_difference']:+.3f}{spread}: {_judged_nll(against['nll_difference'], error)}."
+        " One draw; `tes compare` tells how sure."
     )
+
+
+def _judged(low: float, high: float) -> str:
+    return "better here" if low > 0 else "worse here" if high < 0 else "no difference that these images can show"
+
+
+def _judged_nll(difference: float, error: float | None) -> str:
+    margin = float("inf") if error is None else 2 * error
+    return _judged(-difference - margin, -difference + margin)
 
 
 def predict(

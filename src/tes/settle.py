@@ -113,7 +113,9 @@ def settle(
         if train == "head" and config.data.shots is None:
             decide("refit", "trainval", "a head at full data: val has served once it has been scored")
         else:
-            decide("refit", "none", "few shots stay few" if config.data.shots else "it would double the time")
+            decide(
+                "refit", "none", "few shots stay few" if config.data.shots is not None else "it would double the time"
+            )
     if train == "all":
         _settle_optimiser(config, backbone.family, len(dataset.indices("train")), decide)
     settled = config.replace(values)
