@@ -1,6 +1,6 @@
 """The command line: verbs parse, call one function each, and print. Heavy imports happen inside the verbs.
 
-Exit codes: 0 done, 1 a bug of ours, 2 the user's input or environment, 130 interrupted.
+Exit codes: 0 done, 1 a bug of ours, 2 the user's input or environment, 75 interrupted and resumable, 130 interrupted.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import dataclasses
 import io
 import json
 import os
+import shlex
 import sys
 from enum import StrEnum
 from pathlib import Path
@@ -152,7 +153,7 @@ def train(
     print("next:")
     print(f"  tes predict {run.path} PHOTO_OR_FOLDER{own}   # classify new images, no text needed")
     print(f"  tes evaluate {run.path} --data OTHER_FOLDER{own}   # score it on other labelled images")
-    print(f"  tes compare {settings.data.source} --arms ce,tes --seeds 10{_shots_flag(settings)}   # does text help?")
+    print(f"  tes compare {settings.data.source} --arms ce,tes --seeds 10{_same_data(settings)}   # does text help?")
 
 
 @app.command()
@@ -342,18 +343,22 @@ def compare(
     from tes.verbs.compare import Settings
     from tes.verbs.compare import compare as run_compare
 
-    comparison = run_compare(
-        Settings(config, flags, assignments or []),
-        _listed(arms),
-        shots=_listed(shots),
-        num_seeds=seeds,
-        first_seed=seed,
-        num_trials=trials,
-        split=split,
-        protocol=protocol,
-        controls=controls,
-        out=out,
-    )
+    try:
+        comparison = run_compare(
+            Settings(config, flags, assignments or []),
+            _listed(arms),
+            shots=_listed(shots),
+            num_seeds=seeds,
+            first_seed=seed,
+            num_trials=trials,
+            split=split,
+            protocol=protocol,
+            controls=controls,
+            out=out,
+        )
+    except KeyboardInterrupt:
+        print("interrupted; the same command goes on from here", file=sys.stderr)
+        raise typer.Exit(75) from None
     print(json.dumps(comparison.summary, ensure_ascii=False) if as_json else render(comparison.summary))
     if not as_json:
         print(f"\ncomparison: {comparison.path} (table.csv, summary.json, and a run folder for each cell)")
@@ -433,8 +438,19 @@ def _data_flags(
     }
 
 
-def _shots_flag(settings: Any) -> str:
-    return "" if settings.data.shots is None else f" --shots {settings.data.shots or 1}"
+def _same_data(settings: Any) -> str:
+    """Return the flags under which another verb sees the same images, classes and network."""
+    chosen = settings.data.only_classes
+    subset = f"{100 * settings.data.fraction:g}%" if settings.data.fraction else settings.data.shots
+    flags = {
+        "--shots": None if subset is None else subset or 1,
+        "--only-classes": None if chosen is None else ",".join(chosen),
+        "--classes": settings.data.classes,
+        "--backbone": settings.backbone.name if settings.backbone.name != "lite0" else None,
+        "--checkpoint": settings.backbone.checkpoint,
+        "--train": settings.train if settings.train != "auto" else None,
+    }
+    return "".join(f" {flag} {shlex.quote(str(value))}" for flag, value in flags.items() if value is not None)
 
 
 def _listed(text: str) -> list[str]:

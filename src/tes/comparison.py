@@ -22,7 +22,7 @@ import numpy as np
 from tes.errors import RunError
 from tes.files import read_json, write_atomic, write_json
 from tes.run import Run
-from tes.statistics import MIN_SEEDS, Answers, Effect, bootstrap_images, holm, paired, sentence
+from tes.statistics import Answers, Effect, bootstrap_images, holm, paired, sentence
 
 FORMAT = 1
 BASELINE = "ce"
@@ -48,7 +48,9 @@ class Plan:
         protocol: `val-selected` or `paper`.
         split: `test` or `val`.
         num_trials: Per arm and cell.
-        settings: What every cell has in common, as plain values: a comparison is continued with the same ones only.
+        settings: What every cell has in common, as plain values, the content of files by hash: a comparison is
+            continued with the same ones only.
+        objectives: Arm to its objective's settings; likewise.
         skipped: Shots to why they are left out.
     """
 
@@ -62,6 +64,7 @@ class Plan:
     split: str
     num_trials: int
     settings: Mapping[str, Any]
+    objectives: Mapping[str, Any]
     skipped: Mapping[str, str]
 
     def cells(self) -> list[tuple[str, int, str]]:
@@ -257,9 +260,27 @@ def render(summary: Mapping[str, Any]) -> str:
         lines.append(
             f"{arm + mark:{width}}" + "".join(f"{cell:>24}" for cell in cells) + f"{shown:>26}{nll:8.3f}{ece:8.3f}"
         )
+    lines += _by_names(summary)
     if not all(entry["typed"] for entry in summary["arms"].values()):
         lines.append("* added, to tell what the gain is owed to")
     return "\n".join([*lines, "", *summary["sentences"], *summary["notes"]])
+
+
+def _by_names(summary: Mapping[str, Any]) -> list[str]:
+    """Return, for arms with a text prior, the difference to `ce` for names that the backbone knows and the others."""
+    lines = []
+    for arm, entry in summary["arms"].items():
+        parts = [
+            f"{shown} {100 * entry[name]['mean']['mean']:+.2f}"
+            for name, shown in (("known_names", "known names"), ("other_names", "the others"))
+            if entry.get(name) and entry[name]["mean"]
+        ]
+        if parts and "prior" in entry["start"]:
+            lines.append(f"  {arm}: {', '.join(parts)}")
+    if lines:
+        known = summary["num_known_names"]
+        lines.insert(0, f"apart, for the {known} classes whose names the source head knows and the others:")
+    return lines
 
 
 def read_plan(folder: Path) -> Plan:
@@ -273,8 +294,9 @@ def read_plan(folder: Path) -> Plan:
         if stored["format"] != FORMAT:
             raise RunError(f"`{folder}` has format {stored['format']!r}; this version reads format {FORMAT}.")
         lists = {name: tuple(stored[name]) for name in ("arms", "added", "shots", "seeds", "single")}
-        others = {name: stored[name] for name in ("starts", "protocol", "split", "num_trials", "settings", "skipped")}
-    except (KeyError, TypeError):
+        others = {name: stored[name] for name in ("protocol", "split", "num_trials")}
+        others |= {name: dict(stored[name]) for name in ("starts", "settings", "objectives", "skipped")}
+    except (KeyError, TypeError, ValueError):
         raise RunError(f"`{folder / 'compare.json'}` is not the plan of a comparison.") from None
     return Plan(**lists, **others)
 
@@ -404,15 +426,21 @@ def _notes(comparison: Comparison) -> list[str]:
     plan = comparison.plan
     notes = []
     for shots in plan.shots:
-        summary = comparison.run(shots, plan.seeds[0], plan.arms[0]).summary
-        labels = summary["num_train"] + summary["num_val"]
-        uses = f"{summary['num_train']} to train on, {summary['num_val']} to choose with"
-        notes.append(f"Labels used at {shots} shots: {labels} ({uses}), the same for every arm.")
+        run = comparison.run(shots, plan.seeds[0], plan.arms[0])
+        named = f"{shots} shots" if shots.isdecimal() else f"`{shots}`"
+        labels = run.summary["num_train"] + run.summary["num_val"]
+        uses = f"{run.summary['num_train']} to train on, {run.summary['num_val']} to choose with"
+        notes.append(f"Labels used at {named}: {labels} ({uses}), the same for every arm.")
+        scored = len(np.unique(comparison.answers(shots, plan.seeds[0], plan.arms[0]).labels))
+        if scored < len(comparison.classes):
+            notes.append(f"At {named} only {scored} of {len(comparison.classes)} classes have an image to score.")
     notes += [f"Left out: {shots} shots: {why}" for shots, why in plan.skipped.items()]
     if plan.split == "val":
         notes.append("Scored on images outside the test split, which was not opened.")
-    if len(plan.seeds) < MIN_SEEDS and set(plan.shots) != {"all"}:
-        notes.append(f"{len(plan.seeds)} seeds judge nothing; use --seeds 10.")
+        if plan.num_trials > 1 and any(not shots.isdecimal() for shots in plan.shots):
+            notes.append("Trials were chosen on the very val images that are scored where all, or a share, is used.")
+    if plan.protocol == "paper":
+        notes.append("Test-selected: epochs and trials were chosen on the test split, as the authors' code does.")
     return notes
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Callable, Iterable, MutableMapping
 from dataclasses import dataclass, field, replace
@@ -198,7 +199,9 @@ def run_job(
     arm = config.arm
     dataset = data.draw(loaded.dataset, config.data, config.seed)
     describe(dataset)
-    settled = settle(config, dataset, loaded.backbone, objective_class, loaded.source_text)
+    train, choosing = protocol.training(dataset), protocol.choosing(dataset)
+    asked = config
+    settled = settle(config, dataset, loaded.backbone, objective_class, loaded.source_text, len(train))
     config, compute = settled.config, settled.compute
     class_text = None
     if "class_text" in objective_class.needs or config.start in PRIOR_STARTS:
@@ -226,7 +229,6 @@ def run_job(
         kept["splits.csv"] = shared.keep("splits.csv", draw, lambda path: run_writer.write_splits(path, dataset))
     on_ready()
     log = partial(append_jsonl, folder / "metrics.jsonl")
-    train, choosing = protocol.training(dataset), protocol.choosing(dataset)
     if shared is None and config.start != "random" and len(train):
         run_writer.write_out_of_fold(folder, out_of_fold(config, given))
     coarse = run_writer.coarse_names(dataset)
@@ -234,12 +236,18 @@ def run_job(
     def score(learner: Learner) -> dict[str, Any]:
         return evaluate_split(predict(learner, dataset, choosing), coarse)
 
-    attempts = [
-        _attempt(config, settings, loaded, given, train, choosing, protocol, log, score)
-        for settings in draw_trials(space(config, objective_class), protocol.num_trials)
-    ]
-    selected = _select(attempts, protocol)
+    attempts: list[_Attempt] = []
+    selected = 0
+    for settings in draw_trials(space(config, objective_class), protocol.num_trials):
+        attempts.append(_attempt(config, settings, loaded, given, train, choosing, protocol, log, score))
+        selected = _select(attempts, protocol)
+        # The networks of those that can no longer be chosen are let go of.
+        attempts = [
+            attempt if number in (0, selected) else replace(attempt, fitted=None)
+            for number, attempt in enumerate(attempts)
+        ]
     config, given, fitted = attempts[selected].config, attempts[selected].given, attempts[selected].fitted
+    assert fitted is not None
     if selected:
         run_writer.write_inputs(folder, config, loaded.backbone.images)
     if "kl_label_to_reference" in fitted.figures:
@@ -254,7 +262,7 @@ def run_job(
 
     # What is shipped.
     if config.refit != "none":
-        splits = ("train", "val") if config.refit == "trainval" else ("train", "val", "test")
+        splits = ("train", "val") if config.refit == "trainval" else ("train", "val", "test", "unused")
         console.note(f"refit on {' + '.join(splits)}; all figures are those before the refit")
         everything = np.sort(np.concatenate([dataset.indices(split) for split in splits]))
         shipped = fit(config, given, everything, log=lambda row: log(row | {"refit": True}))
@@ -276,7 +284,9 @@ def run_job(
         "primary_metric": PRIMARY_METRIC,
         "data": dataset.name,
         "num_classes": dataset.num_classes,
-        **{f"num_{split}": len(dataset.indices(split)) for split in ("train", "val", "test")},
+        "num_train": len(train),
+        "num_val": 0 if protocol.name == "paper" else len(dataset.indices("val")),
+        "num_test": len(dataset.indices("test")),
         "num_pool": int((dataset.splits != "test").sum()),
         "unreadable": [{"path": path, "reason": reason} for path, reason in dataset.unreadable],
         "backbone": {"name": config.backbone.name, "fingerprint": loaded.backbone.fingerprint},
@@ -298,7 +308,7 @@ def run_job(
     is_plain = config.objective.name == "ce" and config.start == "probe"
     wanted = config.train == "head" if against is None else against
     if wanted and not is_plain and len(choosing) and len(train):
-        summary["against"] = _against_ce(config, given, train, choosing, fitted.learner, frozen, log)
+        summary["against"] = _against_ce(asked, loaded, given, train, choosing, fitted.learner, frozen, log)
         console.note(_against_sentence(arm, summary["against"]))
     write_atomic(folder / "README.md", model_card(config, dataset.classes, summary, objective_class.citation))
     append_jsonl(folder / "timing.jsonl", {"seconds": round(time.monotonic() - began, 3)})
@@ -312,14 +322,14 @@ class _Attempt:
     settings: dict[str, Any]
     config: Config
     given: Given
-    fitted: Fitted
+    fitted: Fitted | None
+    head: str
     predictions: Predictions | None
 
     def row(self) -> dict[str, Any]:
         figures: dict[str, Any] = {}
         if self.predictions is not None:
-            head = self.fitted.learner.objective.default_head
-            scores = evaluate_split(self.predictions)[head]
+            scores = evaluate_split(self.predictions)[self.head]
             figures = {"nll": scores["nll"], "mean_per_class": scores["mean_per_class"]}
         return {"settings": self.settings} | figures
 
@@ -352,7 +362,7 @@ def _attempt(
     if len(choosing) and protocol.num_trials > 1:
         frozen = given.features if config.train == "head" else None
         predictions = predict(fitted.learner, given.dataset, choosing, frozen)
-    return _Attempt(settings, config, given, fitted, predictions)
+    return _Attempt(settings, config, given, fitted, fitted.learner.objective.default_head, predictions)
 
 
 def _log_trial(log: Callable[[dict[str, Any]], None], settings: dict[str, Any], row: dict[str, Any]) -> None:
@@ -367,7 +377,7 @@ def _select(attempts: list[_Attempt], protocol: Protocol) -> int:
     predictions = [attempt.predictions for attempt in attempts]
     if None in predictions:
         return 0
-    heads = [attempt.fitted.learner.objective.default_head for attempt in attempts]
+    heads = [attempt.head for attempt in attempts]
     if protocol.name == "paper":
         scores = [evaluate_split(said)[head][PRIMARY_METRIC] for said, head in zip(predictions, heads)]
         return int(np.argmax(scores))
@@ -382,7 +392,8 @@ def _losses(predictions: Predictions, head: str) -> np.ndarray:
 
 
 def _against_ce(
-    config: Config,
+    asked: Config,
+    loaded: Loaded,
     given: Given,
     train: np.ndarray,
     choosing: np.ndarray,
@@ -391,7 +402,10 @@ def _against_ce(
     log: Callable[[dict[str, Any]], None],
 ) -> dict[str, Any]:
     """Train `ce` from `probe` on the same images and compare the two on val, image by image."""
-    plain = config.replace({"objective": {"name": "ce"}, "start": "probe"})
+    # Settled anew: `ce` from a probe has learning rates, and a weight decay, of its own.
+    own = {key: _default(key) for key, value in asked.objective.defaults.items() if _value(asked, key) == value}
+    plain = asked.replace({"objective": {"name": "ce"}, "start": "probe"} | own)
+    plain = settle(plain, given.dataset, loaded.backbone, objectives.get("ce"), loaded.source_text, len(train)).config
     other = fit(plain, replace(given, prior=None), train, log=lambda row: log(row | {"arm": "ce"})).learner
     ours, theirs = (predict(which, given.dataset, choosing, frozen) for which in (learner, other))
     head = learner.objective.default_head
@@ -410,6 +424,15 @@ def _against_ce(
         "nll_difference": float(nll_N.mean()),
         "nll_standard_error": float(nll_N.std(ddof=1) / len(nll_N) ** 0.5) if len(nll_N) > 1 else None,
     }
+
+
+def _value(config: Config, key: str) -> Any:
+    return functools.reduce(getattr, key.split("."), config)
+
+
+def _default(key: str) -> Any:
+    room, _, name = key.partition(".")
+    return type(Config.model_fields[room].default).model_fields[name].default
 
 
 def _against_sentence(arm: str, against: dict[str, Any]) -> str:

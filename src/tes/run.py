@@ -135,6 +135,19 @@ class Run:
         return predictions
 
 
+def refuse_out_among_images(out: Path, source: Path) -> None:
+    """Refuse a folder for results that the data would take for a class.
+
+    Raises:
+        RunError: `out` lies below the folder of images.
+    """
+    if source.is_dir() and out.resolve().is_relative_to(source.resolve()):
+        raise RunError(
+            f"The run folder `{out}` would lie among the images of `{source}` and be taken for a class; choose another"
+            " --out."
+        )
+
+
 class Claim:
     """A run folder that is ours to fill. Until `keep` is called, a failure leaves nothing behind."""
 
@@ -203,6 +216,9 @@ def _set_aside(path: Path, overwrite: bool) -> Path:
     if Path.cwd().is_relative_to(path.resolve()):
         raise RunError(f"`{path}` is, or holds, the folder you are in and is not replaced; choose another --out.")
     aside = path.with_name(f".{path.name}.replaced")
+    if (aside / "run.json").is_file() and not (path / "run.json").is_file():
+        shutil.rmtree(path)  # a replacement that was killed: the run that it was to replace is the one to keep
+        return aside
     shutil.rmtree(aside, ignore_errors=True)
     path.rename(aside)
     return aside

@@ -213,16 +213,27 @@ def _save_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
             raise RunError(f"`{path}` cannot be written: {problem}.") from None
 
 
-def write_thumbnails(folder: Path, dataset: Dataset) -> None:
-    """Keep small copies of up to 200 images, spread over the classes, for reports that lack the data."""
+def write_thumbnails(folder: Path, dataset: Dataset, with_test: bool = True) -> None:
+    """Keep small copies of up to 200 images, spread over the classes, for reports that lack the data.
+
+    The folder appears when all are written.
+    """
     order = {"test": 0, "val": 1, "train": 2, "unused": 3}
+    usable = np.ones(len(dataset.labels), dtype=bool) if with_test else dataset.splits != "test"
     by_class = [
-        sorted(np.flatnonzero(dataset.labels == label), key=lambda index: (order[str(dataset.splits[index])], index))
+        sorted(
+            np.flatnonzero((dataset.labels == label) & usable),
+            key=lambda index: (order[str(dataset.splits[index])], index),
+        )
         for label in range(dataset.num_classes)
     ]
     rounds = [members[k] for k in range(max(map(len, by_class))) for members in by_class if k < len(members)]
-    folder.mkdir(parents=True, exist_ok=True)
-    for index in rounds[:MAX_THUMBNAILS]:
-        image = dataset.read_image(int(index))
-        image.thumbnail((THUMBNAIL_SIDE, THUMBNAIL_SIDE))
-        image.save(folder / f"{dataset.sha1s[index]}.jpg", quality=80)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".", dir=folder.parent) as scratch:
+        written = Path(scratch) / folder.name
+        written.mkdir()
+        for index in rounds[:MAX_THUMBNAILS]:
+            image = dataset.read_image(int(index))
+            image.thumbnail((THUMBNAIL_SIDE, THUMBNAIL_SIDE))
+            image.save(written / f"{dataset.sha1s[index]}.jpg", quality=80)
+        written.replace(folder)

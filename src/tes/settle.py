@@ -48,6 +48,10 @@ def check_needs(config: Config, objective_class: type[Objective]) -> None:
             raise ConfigError("0 shots leave nothing to train on: with `--shots 0` leave `--train all` out.")
         if config.start not in (None, "auto", *PRIOR_STARTS):
             raise ConfigError(f"0 shots need a text prior, and `start: {config.start}` has none; use --start prior.")
+        if config.refit in ("trainval", "all"):
+            raise ConfigError(
+                f"`--shots 0` uses no label, and `refit: {config.refit}` would train on some; leave it out."
+            )
     if config.train != "head":
         return
     if config.start == "random":
@@ -65,6 +69,7 @@ def settle(
     backbone: Backbone,
     objective_class: type[Objective],
     source_text: Callable[[TextConfig], SourceText | str],
+    num_images: int | None = None,
 ) -> Settled:
     """Decide device, arithmetic, image settings, what is trained, the start, the refit and the optimiser's budget.
 
@@ -75,6 +80,7 @@ def settle(
         objective_class: Of `config.objective`.
         source_text: Returns the source classes' rows, or why a text prior is not possible; asked only where a start
             wants to know.
+        num_images: How many are trained on; None: those of the split `train`.
 
     Raises:
         ConfigError: The user asked for a text prior where there can be none, or for 0 shots without one.
@@ -117,7 +123,8 @@ def settle(
                 "refit", "none", "few shots stay few" if config.data.shots is not None else "it would double the time"
             )
     if train == "all":
-        _settle_optimiser(config, backbone.family, len(dataset.indices("train")), decide)
+        number = len(dataset.indices("train")) if num_images is None else num_images
+        _settle_optimiser(config.replace(values), backbone.family, number, decide)
     settled = config.replace(values)
     check_needs(settled, objective_class)
     return Settled(settled, Compute(device, precision, memory_format, num_workers), reasons)

@@ -16,8 +16,8 @@ from tes.verbs.compare import Settings, compare
 
 @pytest.fixture
 def begin(photos, with_prior, tmp_path):
-    def run(arms=("ce", "tes"), *, assignments=(), flags=None, out="comparison", **how):
-        settings = Settings(None, {"data.source": str(photos), **with_prior, **(flags or {})}, assignments)
+    def run(arms=("ce", "tes"), *, assignments=(), flags=None, file=None, out="comparison", **how):
+        settings = Settings(file, {"data.source": str(photos), **with_prior, **(flags or {})}, assignments)
         how = {"shots": ("1", "2"), "num_seeds": 2} | how
         return compare(settings, arms, out=str(tmp_path / out), **how)
 
@@ -180,6 +180,9 @@ def test_a_shared_file_is_found_only_under_the_names_that_a_comparison_writes(be
         ({"arms": ("ce", "ce")}, "twice"),
         ({"arms": ("ce", "tess")}, "Did you mean `tes`"),
         ({"arms": ("ce+prbe",)}, "`start`"),
+        ({"arms": ("ce+",)}, "no arm"),
+        ({"shots": ("1", "01")}, "once"),
+        ({"shots": ("0",)}, "tes train --shots 0"),
         ({"arms": ("ce+random",)}, "--train all"),
         ({"shots": ("one",)}, "`one` is neither"),
         ({"num_seeds": 0}, "--seeds"),
@@ -209,3 +212,85 @@ def test_a_setting_of_an_objective_goes_to_the_arms_that_have_it(begin):
     assert comparison.run("1", 0, "tes").settings["objective"]["temperature"] == 0.2
     with pytest.raises(ConfigError, match=r"objective\.smoothing=0\.2`: no arm's objective has this setting"):
         begin(("ce", "tes"), out="other", assignments=["objective.smoothing=0.2"])
+
+
+@pytest.mark.parametrize(
+    "assignment", ["seed=5", "data.shots=4", "data.fraction=0.5", "objective=ce", "start=probe+prior", "refit=all"]
+)
+def test_what_a_comparison_varies_cannot_be_set_from_outside(begin, tmp_path, assignment):
+    with pytest.raises(ConfigError, match="a comparison decides it itself"):
+        begin(("ce", "tes"), shots=("all",), assignments=[assignment])
+    key, _, value = assignment.partition("=")
+    *rooms, name = key.split(".")
+    file = tmp_path / "settings.yaml"
+    file.write_text(f"{rooms[0]}:\n  {name}: {value}\n" if rooms else f"{name}: {value}\n")
+    if key in ("data.shots", "data.fraction", "start"):  # the others are flags of each cell, which override a file
+        with pytest.raises(ConfigError, match="a comparison decides it itself"):
+            begin(("ce", "tes"), shots=("all",), file=file)
+
+
+@pytest.mark.parametrize("change", ["objective", "classes", "images"])
+def test_a_comparison_is_not_continued_on_other_content(begin, photos, tmp_path, change):
+    import shutil
+
+    copy, classes = tmp_path / "copy", tmp_path / "classes.json"
+    shutil.copytree(photos, copy)
+    classes.write_text(json.dumps({name.name: {"name": f"a {name.name}"} for name in photos.iterdir()}))
+    how = {"flags": {"data.source": str(copy), "data.classes": str(classes)}, "shots": ("1",), "num_seeds": 1}
+    begin(("tes",), **how, assignments=["objective.temperature=0.1"])
+    temperature = 0.1
+    if change == "objective":
+        temperature = 0.3
+    elif change == "classes":
+        classes.write_text(classes.read_text().replace("a red", "a big red"))
+    else:
+        (copy / "red_square" / "11.png").unlink()
+    words = {"objective": "objective of tes.temperature: 0.1 there, 0.3 here", "classes": "classes", "images": "images"}
+    with pytest.raises(RunError, match=f"begun with other settings .{words[change]}"):
+        begin(("tes",), **how, assignments=[f"objective.temperature={temperature}"])
+
+
+def test_a_comparison_only_grows(begin):
+    begin(("ce", "tes"), shots=("1", "2"), num_seeds=1)
+    comparison = begin(("ce", "label_smoothing"), shots=("1",), num_seeds=1)
+    assert comparison.plan.arms == ("ce", "tes", "label_smoothing") and comparison.plan.shots == ("1", "2")
+
+
+@pytest.mark.parametrize("damage", ["metrics", "predictions", "shared"])
+def test_a_damaged_cell_is_done_again(begin, damage, capsys):
+    comparison = begin(("ce",), shots=("1",), num_seeds=1)
+    run = comparison.run("1", 0, "ce")
+    before = (comparison.path / "table.csv").read_bytes()
+    if damage == "metrics":
+        (run.path / "run.json").write_text('{"format": 1}')
+    elif damage == "predictions":
+        (run.path / "predictions" / "test.npz").write_text("x")
+    else:
+        run.file("backbone.safetensors").unlink()
+    again = begin(("ce",), shots=("1",), num_seeds=1)
+    assert "is damaged and is done again" in capsys.readouterr().err
+    assert (again.path / "table.csv").read_bytes() == before and again.run("1", 0, "ce").file("splits.csv").is_file()
+
+
+def test_nothing_left_to_score_is_said_before_any_work(begin, photos, tmp_path):
+    import shutil
+
+    for folder in photos.iterdir():
+        (tmp_path / "few" / folder.name).mkdir(parents=True)
+        for name in ("00.png", "01.png"):
+            shutil.copy(folder / name, tmp_path / "few" / folder.name)
+    with pytest.raises(DataError, match=r"no image is left to score \(val\)"):
+        begin(("ce",), shots=("1",), split="val", num_seeds=1, flags={"data.source": str(tmp_path / "few")})
+
+
+def test_results_among_the_images_are_refused(begin, photos):
+    with pytest.raises(RunError, match="taken for a class"):
+        begin(("ce",), out=photos / "comparison")
+    assert not (photos / "comparison").exists()
+
+
+def test_the_papers_protocol_takes_as_many_epochs_as_asked_over_train_and_val(begin):
+    flags = {"train": "all", "optim.num_epochs": 5, "optim.batch_size": 4}
+    comparison = begin(("ce+random",), protocol="paper", shots=("2",), num_seeds=1, flags=flags)
+    run = comparison.run("2", 0, "ce+random")
+    assert run.summary["num_train"] == 12 and run.settings["optim"]["num_steps"] == 5 * 12 / 4

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,13 +13,15 @@ from torch import nn
 from tes import console, data
 from tes.comparison import BASELINE, Comparison, Plan, cell_folder, read_plan, write_plan, write_results
 from tes.config import PRIOR_STARTS, Config, arm_flags, load_config
-from tes.errors import ConfigError, DataError, RunError, listing
-from tes.files import user_path
+from tes.errors import ConfigError, DataError, RunError, TesError, listing
+from tes.files import sha256_text, user_path
 from tes.job import Loaded, Protocol, run_job
 from tes.objectives import objectives
 from tes.objectives.base import Objective
+from tes.run import Run, refuse_out_among_images
 from tes.run_writer import Shared, write_thumbnails
 from tes.settle import check_needs, settle
+from tes.text.encoder import open_encoder
 
 PROTOCOLS = {"val": "val-selected", "paper": "paper"}
 OWN_KEYS = ("objective", "start", "seed", "out", "data.shots", "data.fraction", "refit")
@@ -43,7 +45,23 @@ class Settings:
         objective_class = objectives.get(arm.partition("+")[0].partition("@")[0])
         assignments = [line for line in self.assignments if _concerns(line, objective_class)]
         own = {**arm_flags(arm), **_subset(shots), "seed": seed, "refit": "none"}
-        return load_config(self.file, {**self.flags, **own}, assignments)
+        config = load_config(self.file, {**self.flags, **own}, assignments)
+        name, _, preset = arm_flags(arm)["objective"].partition("@")
+        varied = {
+            "seed": (config.seed, seed),
+            "data.shots": (config.data.shots, own.get("data.shots")),
+            "data.fraction": (config.data.fraction, own.get("data.fraction")),
+            "objective": ((config.objective.name, config.objective.preset), (name, preset or None)),
+            "start": (config.start, own["start"]),
+            "refit": (config.refit, "none"),
+        }
+        for key, (given, wanted) in varied.items():
+            if given != wanted:
+                raise ConfigError(
+                    f"`{key}` is set by --set or --config, but a comparison decides it itself: use --arms, --shots,"
+                    " --seed and --seeds."
+                )
+        return config
 
 
 def compare(
@@ -82,6 +100,7 @@ def compare(
     """
     if not isinstance(settings, Settings):
         settings = Settings(flags=settings)
+    shots = [str(int(shot)) if shot.isdecimal() else shot for shot in shots]
     _check(arms, shots, num_seeds, num_trials, split, protocol)
     named = [objectives.get(arm.partition("+")[0].partition("@")[0]) for arm in arms]
     for line in settings.assignments:
@@ -93,19 +112,26 @@ def compare(
         check_needs(config, objectives.get(config.objective.name))
     source = user_path(first.data.source)
     folder = user_path(out) if out is not None else Path("runs") / f"{source.resolve().stem}-compare"
+    refuse_out_among_images(folder, source)
+    how = Protocol(PROTOCOLS[protocol], split, num_trials)
+    seeds = range(first_seed, first_seed + num_seeds)
+    if (folder / "compare.json").is_file():
+        # A comparison only grows: to leave out an arm that was run would choose among results.
+        begun = read_plan(folder)
+        arms, shots, seeds = (tuple(dict.fromkeys([*old, *new])) for old, new in (
+            (begun.arms, arms), ((*begun.shots, *begun.skipped), shots), (begun.seeds, seeds)
+        ))  # fmt: skip
     with console.quiet():
         loaded = Loaded.open(first, network)
-    seeds = range(first_seed, first_seed + num_seeds)
-    plan = _plan(settings, loaded, arms, shots, seeds, num_trials, split, protocol, controls)
+    plan = _plan(settings, loaded, arms, shots, sorted(seeds), how, controls)
     for shot, why in plan.skipped.items():
         console.warn(f"{shot} shots are left out: {why}")
     _continue_or_start(folder, plan)
-    how = Protocol(PROTOCOLS[protocol], split, num_trials)
     shared = Shared(folder / "shared")
     if not (folder / "shared" / "thumbnails").is_dir():
-        write_thumbnails(folder / "shared" / "thumbnails", loaded.dataset)
+        write_thumbnails(folder / "shared" / "thumbnails", loaded.dataset, with_test=split == "test")
     cells = plan.cells()
-    missing = [cell for cell in cells if not (cell_folder(folder, *cell) / "run.json").is_file()]
+    missing = [cell for cell in cells if not _is_done(cell_folder(folder, *cell), split)]
     if missing and len(missing) < len(cells):
         console.note(f"{len(cells) - len(missing)} of {len(cells)} cells are done already")
     if missing:
@@ -128,6 +154,22 @@ def compare(
     return comparison
 
 
+def _is_done(cell: Path, split: str) -> bool:
+    """Whether a cell is finished and whole; a damaged one is done again."""
+    if not (cell / "run.json").is_file():
+        return False
+    try:
+        run = Run.open(cell)
+        run.metrics[split][run.summary["default_head"]]
+        run.predictions(split)
+        whole = all(run.file(name).is_file() for name in run.summary.get("shared") or ())
+    except (TesError, KeyError, TypeError):
+        whole = False
+    if not whole:
+        console.warn(f"the cell `{cell}` is damaged and is done again")
+    return whole
+
+
 def _concerns(assignment: str, objective_class: type[Objective]) -> bool:
     prefix, _, name = assignment.partition("=")[0].strip().partition(".")
     return prefix != "objective" or not name or name in objective_class.Config.model_fields
@@ -138,8 +180,13 @@ def _check(
 ) -> None:
     if not arms:
         raise ConfigError("--arms names no arm; write them as in `--arms ce,tes`.")
+    for arm in arms:
+        if arm.endswith(("+", "@")) or not arm.strip():
+            raise ConfigError(f"`{arm}` is no arm; write NAME[@PRESET][+START], as in `tes@paper+random`.")
     if len(set(arms)) < len(arms):
         raise ConfigError(f"--arms names an arm twice: {','.join(arms)}.")
+    if "0" in shots:
+        raise ConfigError("At 0 shots there is no `ce` to compare with; `tes train --shots 0` scores the text prior.")
     if not shots or len(set(shots)) < len(shots):
         raise ConfigError("--shots must name each number once, as in `--shots 1,2,4,all`.")
     for value, name in ((num_seeds, "--seeds"), (num_trials, "--trials")):
@@ -173,23 +220,24 @@ def _plan(
     loaded: Loaded,
     arms: Sequence[str],
     shots: Sequence[str],
-    seeds: Iterable[int],
-    num_trials: int,
-    split: str,
-    protocol: str,
+    seeds: Sequence[int],
+    how: Protocol,
     controls: bool,
 ) -> Plan:
-    seeds = tuple(seeds)
     kept, skipped = [], {}
     for shot in shots:
         config = settings.config(arms[0], shot, seeds[0])
         try:
-            data.draw(loaded.dataset, config.data, seeds[0])
-            kept.append(shot)
+            dataset = data.draw(loaded.dataset, config.data, seeds[0])
         except DataError as problem:
             skipped[shot] = str(problem)
+            continue
+        if how.split in how.scored(dataset, config.data):
+            kept.append(shot)
+        else:
+            skipped[shot] = f"no image is left to score ({how.split})"
     if not kept:
-        raise DataError(f"No number of shots can be drawn: {listing(list(skipped.values()), 1)}")
+        raise DataError(f"No number of shots can be drawn and scored: {listing(list(skipped.values()), 1)}")
     starts = {arm: _start(settings, loaded, arm, kept[0], seeds[0]) for arm in arms}
     added = [] if BASELINE in arms else [BASELINE]
     for start in dict.fromkeys(starts.values() if controls else ()):
@@ -203,24 +251,43 @@ def _plan(
         arms=tuple(arms),
         added=tuple(added),
         shots=tuple(kept),
-        seeds=seeds,
+        seeds=tuple(seeds),
         single=tuple(arm for arm in everyone if _is_single(settings.config(arm, "all", 0), starts[arm])),
         starts=starts,
-        protocol=PROTOCOLS[protocol],
-        split=split,
-        num_trials=num_trials,
-        settings=_common(settings.config(BASELINE, "all", 0)),
+        protocol=how.name,
+        split=how.split,
+        num_trials=how.num_trials,
+        settings=_common(settings.config(BASELINE, "all", 0)) | _inputs(settings, loaded, kept[0], seeds[0]),
+        objectives={arm: settings.config(arm, "all", 0).objective.model_dump(mode="json") for arm in everyone},
         skipped=skipped,
     )
 
 
+def _inputs(settings: Settings, loaded: Loaded, shots: str, seed: int) -> dict[str, Any]:
+    """Return what the settings only name: the content behind it, and what was decided for this machine."""
+    dataset, config = loaded.dataset, settings.config(BASELINE, shots, seed)
+    images = sorted(zip(dataset.paths, dataset.labels.tolist(), dataset.splits.tolist(), dataset.sha1s))
+    settled = _settled(settings, loaded, BASELINE, shots, seed)
+    return {
+        "images": sha256_text(repr(images)),
+        "classes": sha256_text(repr(dataset.classes)),
+        "weights": loaded.backbone.fingerprint,
+        "text rows": open_encoder(config.text).fingerprint,
+        "decided": {key: getattr(settled, key) for key in ("train", "device", "precision", "memory_format")},
+    }
+
+
 def _start(settings: Settings, loaded: Loaded, arm: str, shots: str, seed: int) -> str:
+    start = _settled(settings, loaded, arm, shots, seed).start
+    assert start is not None
+    return start
+
+
+def _settled(settings: Settings, loaded: Loaded, arm: str, shots: str, seed: int) -> Config:
     config = settings.config(arm, shots, seed)
     objective_class = objectives.get(config.objective.name)
     dataset = data.draw(loaded.dataset, config.data, seed)
-    start = settle(config, dataset, loaded.backbone, objective_class, loaded.source_text).config.start
-    assert start is not None
-    return start
+    return settle(config, dataset, loaded.backbone, objective_class, loaded.source_text).config
 
 
 def _is_single(config: Config, start: str) -> bool:
@@ -257,6 +324,12 @@ def _continue_or_start(folder: Path, plan: Plan) -> None:
         names = ("settings", "protocol", "split", "num_trials")
         differences = [line for name in names for line in _differences(name, getattr(begun, name), getattr(plan, name))]
         differences += [
+            line
+            for arm in plan.objectives
+            if arm in begun.objectives
+            for line in _differences(f"objective of {arm}", begun.objectives[arm], plan.objectives[arm])
+        ]
+        differences += [
             f"start of {arm}: {begun.starts[arm]} there, {plan.starts[arm]} here"
             for arm in plan.starts
             if arm in begun.starts and begun.starts[arm] != plan.starts[arm]
@@ -270,6 +343,8 @@ def _continue_or_start(folder: Path, plan: Plan) -> None:
         raise RunError(f"`{folder}` holds files that are not a comparison; choose another --out.")
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        if not folder.is_dir():
+            raise NotADirectoryError(f"`{folder}` is a file")
         (folder / "summary.json").unlink(missing_ok=True)  # it is written last, and stands for being finished
         write_plan(folder, plan)
     except OSError as problem:

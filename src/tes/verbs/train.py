@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from torch import nn
 
 from tes.config import Config
-from tes.errors import RunError
 from tes.files import user_path
 from tes.job import Loaded, run_job
 from tes.objectives import objectives
-from tes.run import Run, claim
+from tes.run import Run, claim, refuse_out_among_images
 from tes.settle import check_needs
 
 
@@ -32,15 +29,7 @@ def train(
     """
     check_needs(config, objectives.get(config.objective.name))
     source = user_path(config.data.source)
-    _refuse_out_among_images(user_path(config.out or "runs"), source)
+    refuse_out_among_images(user_path(config.out or "runs"), source)
     with claim(config.out, f"{source.resolve().stem}-{config.arm}", overwrite) as claimed:
         run_job(config, Loaded.open(config, network), claimed.path, against=against, on_ready=claimed.keep)
     return Run.open(claimed.path)
-
-
-def _refuse_out_among_images(out: Path, source: Path) -> None:
-    if source.is_dir() and out.resolve().is_relative_to(source.resolve()):
-        raise RunError(
-            f"The run folder `{out}` would lie among the images of `{source}` and be taken for a class; choose another"
-            " --out."
-        )
