@@ -294,3 +294,24 @@ def test_the_papers_protocol_takes_as_many_epochs_as_asked_over_train_and_val(be
     comparison = begin(("ce+random",), protocol="paper", shots=("2",), num_seeds=1, flags=flags)
     run = comparison.run("2", 0, "ce+random")
     assert run.summary["num_train"] == 12 and run.settings["optim"]["num_steps"] == 5 * 12 / 4
+
+
+def test_an_interruption_says_how_to_go_on_and_the_same_command_does(cli, photos, with_prior, tmp_path, monkeypatch):
+    from tes.verbs import compare as room
+
+    begun, run_job = [], room.run_job
+
+    def interrupted(*given, **how):
+        begun.append(given)
+        if len(begun) == 3:
+            raise KeyboardInterrupt
+        return run_job(*given, **how)
+
+    monkeypatch.setattr(room, "run_job", interrupted)
+    sets = [f"--set={key}={json.dumps(value)}" for key, value in with_prior.items()]
+    command = ["compare", photos, "--arms", "tes", "--shots", "1", "--seeds", "1", "--out", tmp_path / "c", *sets]
+    code, _, err = cli(*command)
+    assert code == 75 and "the same command goes on from here" in err
+    code, out, err = cli(*command)
+    assert code == 0 and "2 of 5 cells are done already" in err and "comparison:" in out
+    assert len(begun) == 3 + 3
