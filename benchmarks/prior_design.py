@@ -21,7 +21,7 @@ from tes import console, data
 from tes.engine.learner import one_hot
 from tes.engine.solve import HeadProblem, Prior
 from tes.files import append_jsonl
-from tes.job import Loaded
+from tes.loaded import Loaded
 from tes.metrics import evaluate_split
 from tes.objectives import objectives
 from tes.predictions import Predictions

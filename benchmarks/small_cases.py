@@ -23,7 +23,7 @@ from tes.engine.learner import one_hot
 from tes.engine.prior import predict_rows
 from tes.engine.solve import HeadProblem, Prior
 from tes.files import append_jsonl
-from tes.job import Loaded
+from tes.loaded import Loaded
 from tes.objectives import objectives
 from tes.settle import settle
 

@@ -2,131 +2,37 @@
 
 from __future__ import annotations
 
-import functools
 import time
 from collections.abc import Callable, Iterable, MutableMapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
 
+from tes import against as against_room
 from tes import console, data, run_writer, text
 from tes.card import model_card
-from tes.config import PRIOR_STARTS, Config, DataConfig, TextConfig
+from tes.config import PRIOR_STARTS, Config, DataConfig
 from tes.data.dataset import Dataset
-from tes.data.splits import find_units
-from tes.engine.compute import Compute
-from tes.engine.features import FrozenFeatures, compute_features
-from tes.engine.fit import Fitted, Given, fit, head_problem
+from tes.engine.fit import Fitted, Given, fit
 from tes.engine.learner import Learner
 from tes.engine.loader import steps_per_epoch
-from tes.engine.prior import CONTROLS, predict_rows
-from tes.engine.solve import Prior
-from tes.engine.start import out_of_fold_logits
-from tes.errors import TextError, TrainingError
+from tes.engine.scoring import out_of_fold, predict
 from tes.files import append_jsonl, write_atomic, write_json
-from tes.metrics import evaluate_split
-from tes.models.backbone import Backbone, load_backbone
+from tes.loaded import Loaded
+from tes.metrics import PRIMARY_METRIC, evaluate_split, image_losses
 from tes.objectives import objectives
 from tes.objectives.base import Objective
 from tes.predictions import Predictions
 from tes.run import FORMAT
 from tes.search import choose, draw_trials, space
 from tes.settle import settle
-from tes.statistics import Answers, bootstrap_images
-from tes.text.classifier import TextClassifier
-from tes.text.vocabulary import NearestSource, SourceText, embed_source, nearest_source
 
-PRIMARY_METRIC = "mean_per_class"
 PAPER_EPOCHS = 5
 """The authors' code looks at the test split every so many epochs."""
-
-
-@dataclass(eq=False)
-class Loaded:
-    """What runs are made from: opened once, shared by all that follow, never changed by any of them.
-
-    Attributes:
-        dataset: Opened, with its official or carved splits; shots are drawn from it per run.
-        backbone: Pre-trained.
-    """
-
-    dataset: Dataset
-    backbone: Backbone
-    _texts: dict[TextConfig, TextClassifier] = field(default_factory=dict)
-    _sources: dict[TextConfig, SourceText | str] = field(default_factory=dict)
-    _nearest: list[NearestSource] | None = None
-    _features: dict[Compute, FrozenFeatures] = field(default_factory=dict)
-
-    @staticmethod
-    def open(config: Config, network: nn.Module | None = None) -> Loaded:
-        """Open the data and load the backbone that `config` names.
-
-        Raises:
-            TesError: A sentence about the input or the environment.
-        """
-        dataset = data.open_dataset(config.data)
-        return Loaded(dataset, load_backbone(config.backbone, config.image, network))
-
-    def class_text(self, config: TextConfig) -> TextClassifier:
-        """Return the text classifier of the data's classes."""
-        if config not in self._texts:
-            built = text.build(self.dataset.classes, config, centre=config.centre is not False)
-            built.aligned_with(self.dataset.classes)
-            self._texts[config] = built
-        return self._texts[config]
-
-    def source_text(self, config: TextConfig) -> SourceText | str:
-        """Return the source classes' rows, or, where a text prior is not possible, why."""
-        if config not in self._sources:
-            self._sources[config] = _embed_source(self.backbone, config)
-        return self._sources[config]
-
-    def nearest(self) -> list[NearestSource] | None:
-        """Return the nearest source name per class; None where the backbone's source classes are not known."""
-        head = self.backbone.source_head
-        if self._nearest is None and head is not None and head.names is not None:
-            self._nearest = nearest_source(self.dataset.classes, head.names)
-        return self._nearest
-
-    def features(self, compute: Compute) -> FrozenFeatures:
-        """Return the data's features under the pre-trained backbone."""
-        if compute not in self._features:
-            self._features[compute] = FrozenFeatures(self.backbone, self.dataset, compute)
-        return self._features[compute]
-
-    def prior(self, config: Config) -> Prior | None:
-        """Return the text prior of a settled run; None where its start has none."""
-        if config.start not in PRIOR_STARTS:
-            return None
-        source, head = self.source_text(config.text), self.backbone.source_head
-        assert isinstance(source, SourceText) and head is not None, "settle() refuses it"
-        control = config.start.removeprefix("probe+")
-        rows_CF = predict_rows(
-            torch.from_numpy(self.class_text(config.text).uncentred),
-            torch.from_numpy(source.rows_SD),
-            head.weight_SF,
-            config.prior.gamma,
-            config.prior.rho,
-            control=control if control in CONTROLS else None,
-            seed=config.seed,
-        )
-        return Prior(rows_CF, config.prior.form, config.prior.kappa, config.prior.zero_shot_trust)
-
-
-def _embed_source(backbone: Backbone, config: TextConfig) -> SourceText | str:
-    if backbone.source_head is None:
-        return f"`{backbone.name}` has no classifier from its pre-training"
-    if backbone.source_head.names is None:
-        return f"the names of `{backbone.name}`'s source classes are not known (say so with backbone.source_classes)"
-    try:
-        return embed_source(backbone.source_head.names, config)
-    except TextError as problem:
-        return f"`{config.encoder}` cannot embed the source classes' names ({problem})"
 
 
 @dataclass(frozen=True)
@@ -308,8 +214,8 @@ def run_job(
     is_plain = config.objective.name == "ce" and config.start == "probe"
     wanted = config.train == "head" if against is None else against
     if wanted and not is_plain and len(choosing) and len(train):
-        summary["against"] = _against_ce(asked, loaded, given, train, choosing, fitted.learner, frozen, log)
-        console.note(_against_sentence(arm, summary["against"]))
+        summary["against"] = against_room.against_ce(asked, loaded, given, train, choosing, fitted.learner, frozen, log)
+        console.note(against_room.render(arm, summary["against"]))
     write_atomic(folder / "README.md", model_card(config, dataset.classes, summary, objective_class.citation))
     append_jsonl(folder / "timing.jsonl", {"seconds": round(time.monotonic() - began, 3)})
     write_json(folder / "run.json", summary)
@@ -381,107 +287,8 @@ def _select(attempts: list[_Attempt], protocol: Protocol) -> int:
     if protocol.name == "paper":
         scores = [evaluate_split(said)[head][PRIMARY_METRIC] for said, head in zip(predictions, heads)]
         return int(np.argmax(scores))
-    losses = [_losses(said, head) for said, head in zip(predictions, heads)]
+    losses = [image_losses(said, head) for said, head in zip(predictions, heads)]
     return choose(losses)
-
-
-def _losses(predictions: Predictions, head: str) -> np.ndarray:
-    """Return -log p(true class | image), (n,)."""
-    log_p_NC = predictions.log_probabilities(head)
-    return -np.take_along_axis(log_p_NC, predictions.labels[:, None], axis=1)[:, 0]
-
-
-def _against_ce(
-    asked: Config,
-    loaded: Loaded,
-    given: Given,
-    train: np.ndarray,
-    choosing: np.ndarray,
-    learner: Learner,
-    frozen: FrozenFeatures | None,
-    log: Callable[[dict[str, Any]], None],
-) -> dict[str, Any]:
-    """Train `ce` from `probe` on the same images and compare the two on val, image by image."""
-    # Settled anew: `ce` from a probe has learning rates, and a weight decay, of its own.
-    own = {key: _default(key) for key, value in asked.objective.defaults.items() if _value(asked, key) == value}
-    plain = asked.replace({"objective": {"name": "ce"}, "start": "probe"} | own)
-    plain = settle(plain, given.dataset, loaded.backbone, objectives.get("ce"), loaded.source_text, len(train)).config
-    other = fit(plain, replace(given, prior=None), train, log=lambda row: log(row | {"arm": "ce"})).learner
-    ours, theirs = (predict(which, given.dataset, choosing, frozen) for which in (learner, other))
-    head = learner.objective.default_head
-    pair = (Answers.of(ours, head), Answers.of(theirs, "vision"))
-    interval = bootstrap_images([pair], PRIMARY_METRIC)
-    nll_N = _losses(ours, head) - _losses(theirs, "vision")
-    figures = [evaluate_split(said)[which] for said, which in ((ours, head), (theirs, "vision"))]
-    return {
-        "arm": "ce",
-        "split": "val",
-        "num_samples": len(choosing),
-        "mean_per_class": figures[1]["mean_per_class"],
-        "difference": figures[0]["mean_per_class"] - figures[1]["mean_per_class"],
-        "interval": list(interval) if interval else None,
-        "nll": figures[1]["nll"],
-        "nll_difference": float(nll_N.mean()),
-        "nll_standard_error": float(nll_N.std(ddof=1) / len(nll_N) ** 0.5) if len(nll_N) > 1 else None,
-    }
-
-
-def _value(config: Config, key: str) -> Any:
-    return functools.reduce(getattr, key.split("."), config)
-
-
-def _default(key: str) -> Any:
-    room, _, name = key.partition(".")
-    return type(Config.model_fields[room].default).model_fields[name].default
-
-
-def _against_sentence(arm: str, against: dict[str, Any]) -> str:
-    interval, error = against["interval"], against["nll_standard_error"]
-    sure = f" (95 % {100 * interval[0]:+.1f} to {100 * interval[1]:+.1f})" if interval else ""
-    spread = f" ± {error:.3f}" if error is not None else ""
-    return (
-        f"`{arm}` against plain fine-tuning (`ce`) on {against['num_samples']} validation images:"
-        f" {100 * against['difference']:+.1f} points mean per class{sure}: {_judged(*(interval or (-1, 1)))};"
-        f" NLL {against['nll_difference']:+.3f}{spread}: {_judged_nll(against['nll_difference'], error)}."
-        " One draw; `tes compare` tells how sure."
-    )
-
-
-def _judged(low: float, high: float) -> str:
-    return "better here" if low > 0 else "worse here" if high < 0 else "no difference that these images can show"
-
-
-def _judged_nll(difference: float, error: float | None) -> str:
-    margin = float("inf") if error is None else 2 * error
-    return _judged(-difference - margin, -difference + margin)
-
-
-def predict(
-    learner: Learner, dataset: Dataset, indices: np.ndarray, features: FrozenFeatures | None = None
-) -> Predictions:
-    """Return every head's logits for the images `indices`; `features` are those of a backbone that was not trained."""
-    if features is not None:
-        features_NF = features(indices)
-    else:
-        features_NF = compute_features(learner.backbone, dataset, indices, learner.compute)
-    if not torch.isfinite(features_NF).all():
-        raise TrainingError(
-            "The trained network's features are not finite: training has diverged. Lower the learning rate (--lr), set"
-            " optim.clip_norm=1, or use --precision fp32."
-        )
-    logits = {head: values_NC.numpy() for head, values_NC in learner.heads(features_NF).items()}
-    return Predictions([dataset.paths[index] for index in indices], dataset.labels[indices], logits)
-
-
-def out_of_fold(config: Config, given: Given) -> Predictions:
-    """Return what the start's problem says about training images that it was not fitted to (5 folds)."""
-    dataset = given.dataset
-    indices = dataset.indices("train")
-    labels_N = torch.from_numpy(dataset.labels[indices])
-    units_N = find_units([dataset.sha1s[index] for index in indices], [dataset.groups[index] for index in indices])
-    problem = head_problem(config, given.prior)
-    logits_NC = out_of_fold_logits(problem, given.features(indices), labels_N, units_N, dataset.num_classes)
-    return Predictions([dataset.paths[index] for index in indices], labels_N.numpy(), {"vision": logits_NC.numpy()})
 
 
 def describe(dataset: Dataset) -> None:

@@ -19,6 +19,7 @@ from tes.files import write_atomic
 from tes.predictions import Predictions
 
 NUM_BINS = 15
+PRIMARY_METRIC = "mean_per_class"
 PER_CLASS_COLUMNS = (
     "label", "name", "num_samples", "accuracy", "precision", "f1", "most_confused_with", "num_confused",
 )  # fmt: skip
@@ -131,6 +132,12 @@ def negative_log_likelihood(log_p_NC: np.ndarray, labels: np.ndarray) -> float:
     """
     # + 0.0 turns the -0.0 of a certain and right head into 0.0.
     return float(-np.take_along_axis(log_p_NC, labels[:, None], axis=1).mean()) + 0.0
+
+
+def image_losses(predictions: Predictions, head: str) -> np.ndarray:
+    """Return -log p(true class | image) of every image, (n,), in nats."""
+    log_p_NC = predictions.log_probabilities(head)
+    return -np.take_along_axis(log_p_NC, predictions.labels[:, None], axis=1)[:, 0]
 
 
 def expected_calibration_error(p_NC: np.ndarray, labels: np.ndarray, num_bins: int = NUM_BINS) -> float:

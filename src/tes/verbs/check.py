@@ -11,7 +11,7 @@ from tes import data, text
 from tes.config import Config
 from tes.engine.features import compute_features
 from tes.errors import listing
-from tes.job import Loaded
+from tes.loaded import Loaded
 from tes.objectives import objectives
 from tes.settle import check_needs, settle
 

@@ -15,7 +15,8 @@ from tes.comparison import BASELINE, Comparison, Plan, cell_folder, read_plan, w
 from tes.config import PRIOR_STARTS, Config, arm_flags, load_config
 from tes.errors import ConfigError, DataError, RunError, TesError, listing
 from tes.files import sha256_text, user_path
-from tes.job import Loaded, Protocol, run_job
+from tes.job import Protocol, run_job
+from tes.loaded import Loaded
 from tes.objectives import objectives
 from tes.objectives.base import Objective
 from tes.run import Run, refuse_out_among_images

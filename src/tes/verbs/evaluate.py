@@ -62,7 +62,7 @@ def evaluate(
 def _predict_elsewhere(
     run: Run, source: str, backbone: str | None, network: nn.Module | None
 ) -> tuple[data.Dataset, Predictions]:
-    from tes.job import predict
+    from tes.engine.scoring import predict
     from tes.verbs.predict import load_learner, recorded_compute
 
     classes = [

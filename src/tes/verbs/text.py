@@ -14,7 +14,7 @@ from tes.config import Config
 from tes.engine.features import FrozenFeatures
 from tes.engine.learner import one_hot
 from tes.engine.solve import HeadProblem, Prior
-from tes.job import Loaded
+from tes.loaded import Loaded
 from tes.objectives import objectives
 from tes.settle import settle
 

@@ -6,7 +6,8 @@ from torch import nn
 
 from tes.config import Config
 from tes.files import user_path
-from tes.job import Loaded, run_job
+from tes.job import run_job
+from tes.loaded import Loaded
 from tes.objectives import objectives
 from tes.run import Run, claim, refuse_out_among_images
 from tes.settle import check_needs

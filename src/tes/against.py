@@ -1,0 +1,86 @@
+"""How far a run is from plain fine-tuning on the same images: what `tes train` says at its end."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+
+from tes.config import Config
+from tes.engine.features import FrozenFeatures
+from tes.engine.fit import Given, fit
+from tes.engine.learner import Learner
+from tes.engine.scoring import predict
+from tes.loaded import Loaded
+from tes.metrics import PRIMARY_METRIC, evaluate_split, image_losses
+from tes.objectives import objectives
+from tes.settle import settle
+from tes.statistics import Answers, bootstrap_images
+
+
+def against_ce(
+    asked: Config,
+    loaded: Loaded,
+    given: Given,
+    train: np.ndarray,
+    choosing: np.ndarray,
+    learner: Learner,
+    frozen: FrozenFeatures | None,
+    log: Callable[[dict[str, Any]], None],
+) -> dict[str, Any]:
+    """Train `ce` from `probe` on the same images and compare the two on val, image by image."""
+    # Settled anew: `ce` from a probe has learning rates, and a weight decay, of its own.
+    own = {key: _default(key) for key, value in asked.objective.defaults.items() if _value(asked, key) == value}
+    plain = asked.replace({"objective": {"name": "ce"}, "start": "probe"} | own)
+    plain = settle(plain, given.dataset, loaded.backbone, objectives.get("ce"), loaded.source_text, len(train)).config
+    other = fit(plain, replace(given, prior=None), train, log=lambda row: log(row | {"arm": "ce"})).learner
+    ours, theirs = (predict(which, given.dataset, choosing, frozen) for which in (learner, other))
+    head = learner.objective.default_head
+    pair = (Answers.of(ours, head), Answers.of(theirs, "vision"))
+    interval = bootstrap_images([pair], PRIMARY_METRIC)
+    nll_N = image_losses(ours, head) - image_losses(theirs, "vision")
+    figures = [evaluate_split(said)[which] for said, which in ((ours, head), (theirs, "vision"))]
+    return {
+        "arm": "ce",
+        "split": "val",
+        "num_samples": len(choosing),
+        "mean_per_class": figures[1]["mean_per_class"],
+        "difference": figures[0]["mean_per_class"] - figures[1]["mean_per_class"],
+        "interval": list(interval) if interval else None,
+        "nll": figures[1]["nll"],
+        "nll_difference": float(nll_N.mean()),
+        "nll_standard_error": float(nll_N.std(ddof=1) / len(nll_N) ** 0.5) if len(nll_N) > 1 else None,
+    }
+
+
+def _value(config: Config, key: str) -> Any:
+    return functools.reduce(getattr, key.split("."), config)
+
+
+def _default(key: str) -> Any:
+    room, _, name = key.partition(".")
+    return type(Config.model_fields[room].default).model_fields[name].default
+
+
+def render(arm: str, against: dict[str, Any]) -> str:
+    interval, error = against["interval"], against["nll_standard_error"]
+    sure = f" (95 % {100 * interval[0]:+.1f} to {100 * interval[1]:+.1f})" if interval else ""
+    spread = f" ± {error:.3f}" if error is not None else ""
+    return (
+        f"`{arm}` against plain fine-tuning (`ce`) on {against['num_samples']} validation images:"
+        f" {100 * against['difference']:+.1f} points mean per class{sure}: {_judged(*(interval or (-1, 1)))};"
+        f" NLL {against['nll_difference']:+.3f}{spread}: {_judged_nll(against['nll_difference'], error)}."
+        " One draw; `tes compare` tells how sure."
+    )
+
+
+def _judged(low: float, high: float) -> str:
+    return "better here" if low > 0 else "worse here" if high < 0 else "no difference that these images can show"
+
+
+def _judged_nll(difference: float, error: float | None) -> str:
+    margin = float("inf") if error is None else 2 * error
+    return _judged(-difference - margin, -difference + margin)

@@ -1,0 +1,44 @@
+"""What a model says about images: of a split, or, out of fold, about the images that it is trained on."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from tes.config import Config
+from tes.data.dataset import Dataset
+from tes.data.splits import find_units
+from tes.engine.features import FrozenFeatures, compute_features
+from tes.engine.fit import Given, head_problem
+from tes.engine.learner import Learner
+from tes.engine.start import out_of_fold_logits
+from tes.errors import TrainingError
+from tes.predictions import Predictions
+
+
+def predict(
+    learner: Learner, dataset: Dataset, indices: np.ndarray, features: FrozenFeatures | None = None
+) -> Predictions:
+    """Return every head's logits for the images `indices`; `features` are those of a backbone that was not trained."""
+    if features is not None:
+        features_NF = features(indices)
+    else:
+        features_NF = compute_features(learner.backbone, dataset, indices, learner.compute)
+    if not torch.isfinite(features_NF).all():
+        raise TrainingError(
+            "The trained network's features are not finite: training has diverged. Lower the learning rate (--lr), set"
+            " optim.clip_norm=1, or use --precision fp32."
+        )
+    logits = {head: values_NC.numpy() for head, values_NC in learner.heads(features_NF).items()}
+    return Predictions([dataset.paths[index] for index in indices], dataset.labels[indices], logits)
+
+
+def out_of_fold(config: Config, given: Given) -> Predictions:
+    """Return what the start's problem says about training images that it was not fitted to (5 folds)."""
+    dataset = given.dataset
+    indices = dataset.indices("train")
+    labels_N = torch.from_numpy(dataset.labels[indices])
+    units_N = find_units([dataset.sha1s[index] for index in indices], [dataset.groups[index] for index in indices])
+    problem = head_problem(config, given.prior)
+    logits_NC = out_of_fold_logits(problem, given.features(indices), labels_N, units_N, dataset.num_classes)
+    return Predictions([dataset.paths[index] for index in indices], labels_N.numpy(), {"vision": logits_NC.numpy()})
