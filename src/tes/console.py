@@ -17,7 +17,11 @@ SECONDS_BETWEEN_LINES = 10.0
 def note(text: str) -> None:
     """Tell the user something worth knowing."""
     if not _quiet:
-        print(text, file=sys.stderr, flush=True)
+        _say(text)
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
 
 
 @contextlib.contextmanager
@@ -40,7 +44,7 @@ def warn(text: str) -> None:
         if text in _quiet[-1]:
             return
         _quiet[-1].add(text)
-    print(f"warning: {text}", file=sys.stderr, flush=True)
+    _say(f"warning: {text}")
 
 
 class Progress(Protocol):
@@ -86,12 +90,12 @@ class _Lines:
             rate = self.done / (now - self.start)
             left = _duration((self.total - self.done) / rate) if rate else "?"
             values = "".join(f", {name} {value:.4g}" for name, value in figures.items())
-            note(f"{self.label}: {self.done}/{self.total} {self.unit}, {rate:.3g}/s, {left} left{values}")
+            _say(f"{self.label}: {self.done}/{self.total} {self.unit}, {rate:.3g}/s, {left} left{values}")
 
     def close(self) -> None:
         seconds = time.monotonic() - self.start
         if seconds >= 2 and self.done:
-            note(f"{self.label}: {self.done} {self.unit} in {_duration(seconds)} ({self.done / seconds:.3g}/s)")
+            _say(f"{self.label}: {self.done} {self.unit} in {_duration(seconds)} ({self.done / seconds:.3g}/s)")
 
 
 class _Bar:

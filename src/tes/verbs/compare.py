@@ -139,16 +139,16 @@ def compare(
         _warm_up(settings, loaded, plan, missing)
     store: dict[str, Any] = {}
     shared_by = None
-    with console.progress(len(missing), f"{len(plan.arms) + len(plan.added)} arms", "cells") as progress:
+    label = f"{len(plan.arms) + len(plan.added)} arms"
+    with console.quiet(), console.progress(len(missing), label, "cells") as progress:
         for shot, seed, arm in missing:
             if shared_by != (shot, seed):  # what arms share depends on the images, so no later cell can use it
                 store, shared_by = {}, (shot, seed)
             cell = cell_folder(folder, shot, seed, arm)
             shutil.rmtree(cell, ignore_errors=True)
             cell.mkdir(parents=True)
-            with console.quiet():
-                config = settings.config(arm, shot, seed)
-                run_job(config, loaded, cell, protocol=how, store=store, shared=shared, against=False)
+            config = settings.config(arm, shot, seed)
+            run_job(config, loaded, cell, protocol=how, store=store, shared=shared, against=False)
             progress.advance(1)
     comparison = Comparison(folder, plan)
     write_results(comparison)
