@@ -120,3 +120,21 @@ def test_the_text_verb_scores_the_names_on_images_outside_test(cli, photos, with
     assert zero_shot["chance"] == pytest.approx(1 / 3) and 0 <= zero_shot["mean_per_class"] <= 1
     code, out, _ = cli("text", photos, "--json", "--names-only", *sets)
     assert code == 0 and "zero_shot" not in json.loads(out)
+
+
+@pytest.mark.parametrize(
+    ("accuracy", "chance", "number", "words"),
+    [
+        (0.495, 0.01, 2000, "help clearly"),
+        (0.132, 0.012, 2000, "help a little"),
+        (0.039, 0.01, 2000, "next to nothing"),
+        (1.0, 0.5, 2, "too few to tell"),
+        (0.6, 0.5, 20, "too few to tell"),
+    ],
+)
+def test_what_to_expect_of_the_names_depends_on_how_sure_their_accuracy_is(accuracy, chance, number, words):
+    from tes.verbs.text import _sentences
+
+    result = {"mean_per_class": accuracy, "chance": chance, "num_images": number, "trust": 1.0}
+    result |= {"known_names": None, "other_names": None, "trust_of_permuted_names": 0.0}
+    assert words in _sentences(result)[-1]

@@ -119,14 +119,27 @@ def _sentences(zero_shot: dict[str, Any]) -> list[str]:
         f" {MAX_SHOTS} images a class: {zero_shot['trust']:.2f}; with the names permuted:"
         f" {zero_shot['trust_of_permuted_names']:.2f}."
     ]
-    lift = (accuracy - chance) / (1 - chance)
-    if lift >= CLEAR:
+    low, high = _lift(zero_shot)
+    if low >= CLEAR:
         lines.append("Expect the text prior to help clearly at 1 to 4 images a class, less and less beyond.")
-    elif lift >= SLIGHT:
+    elif low >= SLIGHT:
         lines.append("Expect the text prior to help a little at 1 or 2 images a class, hardly beyond.")
-    else:
+    elif high < SLIGHT:
         lines.append("The names say next to nothing about these images: expect no gain from the text prior.")
+    else:
+        lines.append("These images are too few to tell whether the text prior will help.")
     return lines
+
+
+def _lift(zero_shot: dict[str, Any]) -> tuple[float, float]:
+    """Return (accuracy - chance) / (1 - chance), two standard errors below and above.
+
+    The error is taken with one success and one failure added (after Agresti and Coull 1998): two images say little.
+    """
+    accuracy, chance, number = zero_shot["mean_per_class"], zero_shot["chance"], zero_shot["num_images"]
+    share = (accuracy * number + 1) / (number + 2)
+    error = (share * (1 - share) / number) ** 0.5
+    return tuple((accuracy + side * error - chance) / (1 - chance) for side in (-2, 2))
 
 
 def _mean(values: np.ndarray) -> float | None:
