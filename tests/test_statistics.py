@@ -99,7 +99,7 @@ def test_equal_differences_have_the_p_of_the_sign_flip_test_and_no_interval(diff
 # Holm
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=15, deadline=None)
 @given(st.lists(st.one_of(st.none(), st.floats(0, 1), st.sampled_from([0.01, 0.02])), max_size=9))
 def test_holm_is_statsmodels_and_leaves_none_out(p_values):
     adjusted = holm(p_values)

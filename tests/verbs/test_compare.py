@@ -46,7 +46,7 @@ def test_every_arm_is_scored_in_every_cell_beside_what_credit_needs(begin):
 
 
 def test_the_difference_is_paired_by_seed_with_the_mean_over_shots_first(begin):
-    comparison = begin()
+    comparison = begin(controls=False)
     scores = {
         (row["arm"], row["seed"], row["shots"]): float(row["mean_per_class"])
         for row in table(comparison)
@@ -85,7 +85,7 @@ def test_arms_of_one_draw_solve_what_they_share_once(begin, monkeypatch):
 
 
 def test_an_interrupted_comparison_continues_and_ends_with_the_same_table(begin):
-    comparison = begin()
+    comparison = begin(controls=False)
     before = (comparison.path / "table.csv").read_bytes()
     runs = sorted(comparison.path.glob("cells/*/*/run.json"))
     summary = comparison.summary
@@ -94,18 +94,18 @@ def test_an_interrupted_comparison_continues_and_ends_with_the_same_table(begin)
     times = {path: path.stat().st_mtime_ns for path in runs if path.exists()}
     with pytest.raises(RunError, match="not finished"):
         Comparison.open(comparison.path)
-    again = begin()
+    again = begin(controls=False)
     assert (again.path / "table.csv").read_bytes() == before and again.summary == summary
     assert {path: path.stat().st_mtime_ns for path in times} == times and runs[3].exists()
 
 
 def test_other_settings_are_refused_with_the_difference_and_more_seeds_are_welcome(begin):
-    begin(num_seeds=1)
+    begin(("ce",), num_seeds=1)
     with pytest.raises(RunError, match=r"optim\.head_penalty: 0\.3 there, 1\.0 here"):
-        begin(num_seeds=1, assignments=["optim.head_penalty=1.0"])
+        begin(("ce",), num_seeds=1, assignments=["optim.head_penalty=1.0"])
     with pytest.raises(RunError, match="split: test there, val here"):
-        begin(num_seeds=1, split="val")
-    comparison = begin(num_seeds=2)
+        begin(("ce",), num_seeds=1, split="val")
+    comparison = begin(("ce",), num_seeds=2)
     assert comparison.summary["seeds"] == [0, 1]
 
 
@@ -236,7 +236,12 @@ def test_a_comparison_is_not_continued_on_other_content(begin, photos, tmp_path,
     copy, classes = tmp_path / "copy", tmp_path / "classes.json"
     shutil.copytree(photos, copy)
     classes.write_text(json.dumps({name.name: {"name": f"a {name.name}"} for name in photos.iterdir()}))
-    how = {"flags": {"data.source": str(copy), "data.classes": str(classes)}, "shots": ("1",), "num_seeds": 1}
+    how = {
+        "flags": {"data.source": str(copy), "data.classes": str(classes)},
+        "shots": ("1",),
+        "num_seeds": 1,
+        "controls": False,
+    }
     begin(("tes",), **how, assignments=["objective.temperature=0.1"])
     temperature = 0.1
     if change == "objective":
@@ -251,8 +256,8 @@ def test_a_comparison_is_not_continued_on_other_content(begin, photos, tmp_path,
 
 
 def test_a_comparison_only_grows(begin):
-    begin(("ce", "tes"), shots=("1", "2"), num_seeds=1)
-    comparison = begin(("ce", "label_smoothing"), shots=("1",), num_seeds=1)
+    begin(("ce", "tes"), shots=("1", "2"), num_seeds=1, controls=False)
+    comparison = begin(("ce", "label_smoothing"), shots=("1",), num_seeds=1, controls=False)
     assert comparison.plan.arms == ("ce", "tes", "label_smoothing") and comparison.plan.shots == ("1", "2")
 
 
