@@ -8,11 +8,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from torch import nn
 
 from tes import console, data
 from tes.comparison import BASELINE, Comparison, Plan, cell_folder, read_plan, write_plan, write_results
 from tes.config import PRIOR_STARTS, Config, arm_flags, load_config
+from tes.engine.compute import Compute, resolve_device
 from tes.errors import ConfigError, DataError, RunError, TesError, listing
 from tes.files import sha256_text, user_path
 from tes.job import Protocol, run_job
@@ -293,14 +295,8 @@ def _settled(settings: Settings, loaded: Loaded, arm: str, shots: str, seed: int
 
 def _is_single(config: Config, start: str) -> bool:
     """Whether nothing in an arm depends on the seed where none draws images: a convex problem, no own parameters."""
-    solved = config.train == "head" or (config.train == "auto" and not _has_accelerator(config))
+    solved = config.train == "head" or (config.train == "auto" and resolve_device(config.device)[0] == "cpu")
     return solved and "class_text" not in objectives.get(config.objective.name).needs and start != "probe+permuted"
-
-
-def _has_accelerator(config: Config) -> bool:
-    from tes.engine.compute import resolve_device
-
-    return resolve_device(config.device)[0] != "cpu"
 
 
 def _common(config: Config) -> dict[str, Any]:
@@ -362,18 +358,16 @@ def _differences(name: str, there: Any, here: Any) -> list[str]:
 
 def _warm_up(settings: Settings, loaded: Loaded, plan: Plan, missing: Sequence[tuple[str, int, str]]) -> None:
     """Compute the features that the cells will ask for, under a progress bar of its own."""
-    import numpy as np
-
-    for shot, seed, arm in missing:
-        config = settings.config(arm, shot, seed)
-        if plan.starts[arm] != "random":
-            with console.quiet():
-                dataset = data.draw(loaded.dataset, config.data, seed)
-                objective_class = objectives.get(config.objective.name)
-                settled = settle(config, dataset, loaded.backbone, objective_class, loaded.source_text)
-            wanted = np.ones(len(dataset.paths), dtype=bool)
-            if plan.split == "val" or settled.config.train != "head":
-                wanted = loaded.dataset.splits != "test"
-            if settled.config.train == "head" or plan.shots == ("all",):
-                loaded.features(settled.compute)(np.flatnonzero(wanted))
-            return
+    cell = next((cell for cell in missing if plan.starts[cell[2]] != "random"), None)
+    if cell is None:
+        return
+    shots, seed, arm = cell
+    config = _settled(settings, loaded, arm, shots, seed)
+    is_solved = config.train == "head"
+    if not is_solved and plan.shots != ("all",):
+        return  # few images, and each run only passes its own
+    wanted = np.ones(len(loaded.dataset.paths), dtype=bool)
+    if plan.split == "val" or not is_solved:
+        wanted = loaded.dataset.splits != "test"
+    compute = Compute(config.device, config.precision, config.memory_format, config.num_workers or 0)
+    loaded.features(compute)(np.flatnonzero(wanted))
