@@ -1,4 +1,4 @@
-"""How much to soften the target of a solved head, designed without the test split: differences to `ce` on unused images.
+"""How much to soften a solved head's target, designed without the test split: differences to `ce` on unused images.
 
     python benchmarks/softening.py PHOTOS --shots 1,2,4,8 --jsonl F [--start probe+prior] [--set backbone.name=…]
 
