@@ -3,7 +3,8 @@
     python benchmarks/softening.py PHOTOS --shots 1,2,4,8 --jsonl F [--start probe+prior] [--set backbone.name=…]
 
 References: `text` (what h, fitted to all images, says), `out of fold` (h fitted to the other four fifths) and `uniform`
-(label smoothing), each with weights λ. Prints mean differences in mean per class, NLL, ECE; a JSONL row for each solve.
+(label smoothing), each with weights λ; shipped as solved (`plain`), and with the logits' scale fitted to the labels
+(`scaled`, the default of tes). Prints mean differences in mean per class, NLL, ECE; a JSONL row for each solve.
 """
 
 from __future__ import annotations
@@ -30,9 +31,9 @@ from tes.settle import settle
 
 REFERENCES = {
     "text": (0.02, 0.05, 0.1, 0.2),
-    "text, τ 0.3": (0.05, 0.1),
-    "out of fold": (0.05, 0.1),
-    "uniform": (0.02, 0.05, 0.1),
+    "text, τ 0.3": (0.1,),
+    "out of fold": (0.1,),
+    "uniform": (0.05, 0.1),
 }
 FOLDS = 5
 FIGURES = ("mean_per_class", "nll", "ece")
@@ -51,7 +52,7 @@ def main() -> None:
         flags={"data.source": arguments.data, "objective": "tes", "start": arguments.start, "train": "head"},
         assignments=arguments.assignments,
     )
-    differences: dict[tuple[str, float, str], list[dict[str, float]]] = defaultdict(list)
+    differences: dict[tuple[str, str, float, str], list[dict[str, float]]] = defaultdict(list)
     with console.quiet():
         loaded = Loaded.open(base)
         for shots in arguments.shots.split(","):
@@ -61,18 +62,18 @@ def main() -> None:
                 for row in rows:
                     append_jsonl(arguments.jsonl, {"data": arguments.data, "shots": shots, "seed": seed} | row)
                     difference = {figure: row[figure] - rows[0][figure] for figure in FIGURES}
-                    differences[row["reference"], row["weight"], shots].append(
+                    differences[row["reference"], row["shipped"], row["weight"], shots].append(
                         difference if row is not rows[0] else {figure: row[figure] for figure in FIGURES}
                     )
-    names = list(dict.fromkeys((reference, weight) for reference, weight, _ in differences))
+    names = list(dict.fromkeys(key[:3] for key in differences))
     print(
-        f"{'reference':14}{'λ':>6}"
+        f"{'reference':14}{'shipped':>8}{'λ':>6}"
         + "".join(f"{shots + ' shots: mpc, NLL, ECE':>30}" for shots in arguments.shots.split(","))
     )
-    for reference, weight in names:
-        line = f"{reference:14}{weight:6.2f}"
+    for reference, shipped, weight in names:
+        line = f"{reference:14}{shipped:>8}{weight:6.2f}"
         for shots in arguments.shots.split(","):
-            rows = differences[reference, weight, shots]
+            rows = differences[reference, shipped, weight, shots]
             mpc, nll, ece = (np.mean([row[figure] for row in rows]) for figure in FIGURES) if rows else [np.nan] * 3
             line += f"{100 * mpc:12.2f}{nll:9.3f}{ece:9.3f}"
         print(line)
@@ -91,11 +92,14 @@ def measure(config: tes.Config, loaded: Loaded) -> list[dict[str, Any]]:
     problem = head_problem(config, loaded.prior(config) if "+" in str(config.start) else None)
     rows_CD = torch.from_numpy(loaded.class_text(config.text).Z)
 
-    def row(reference: str, weight: float, other_NC: torch.Tensor) -> dict[str, Any]:
-        target_NC = (1 - weight) * label_NC + weight * other_NC
-        logits = problem.solve(x_NF, target_NC, tolerance=1e-4).head.logits(features(scored)).numpy()
+    def row(reference: str, shipped: str, weight: float, other_NC: torch.Tensor) -> dict[str, Any]:
+        softer_NC = (1 - weight) * label_NC + weight * other_NC
+        solution = problem.solve(x_NF, softer_NC, label_NC if shipped == "scaled" else None, tolerance=1e-4)
+        logits = solution.head.logits(features(scored)).numpy()
         figures = evaluate_split(Predictions(paths, labels, {"vision": logits}))["vision"]
-        return {"reference": reference, "weight": weight} | {name: figures[name] for name in FIGURES}
+        return {"reference": reference, "shipped": shipped, "weight": weight} | {
+            name: figures[name] for name in FIGURES
+        }
 
     def fitted(rows: torch.Tensor, temperature: float):
         return fit_text_head(

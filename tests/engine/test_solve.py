@@ -111,6 +111,33 @@ def test_trust_in_a_prior_minimises_the_stated_problem(shape, form):
         assert np.ptp(alpha) == 0
 
 
+@pytest.mark.parametrize("form", [None, "joint", "per_class"])
+def test_a_softer_reference_sets_the_direction_and_the_labels_set_the_scale(form):
+    features, soft = problem(60, 8, 4)
+    hard = torch.nn.functional.one_hot(torch.arange(60) % 4, 4).double()
+    rows = unit_rows(4, 8)
+    solver = HeadProblem(0.3, None if form is None else Prior(rows, form, 0.2))
+    plain, scaled = solver.solve(features, soft), solver.solve(features, soft, hard)
+    ratio = scaled.head.weight_CF / plain.head.weight_CF
+    assert ratio.mean() > 1.01, "a softened target makes a head too doubtful"
+    torch.testing.assert_close(ratio, ratio.mean().expand_as(ratio), rtol=1e-3, atol=0)
+    # The stated problem for the labels in NumPy, along the ray through the head: it is lowest at the head itself.
+    standardize = Standardizer.fit(features)
+    alpha = np.zeros(4) if form is None else scaled.trust_C.double().numpy()
+    whole = scaled.head.weight_CF.double().numpy() * float(standardize.radius) / SCALE
+    v = whole - alpha[:, None] * rows.numpy()
+    logits = scaled.head.logits(features).double().numpy()
+    common = alpha.mean() if form == "joint" else alpha.mean() / 2
+    price = 0.3 * ((v**2).sum() / 60 + 0.2 * (((alpha - common) ** 2).mean() + common**2))
+
+    def cost(scale):
+        z = scale * logits
+        fit = -(hard.numpy() * (z - np.logaddexp.reduce(z, axis=1, keepdims=True))).sum(axis=1).mean()
+        return fit + scale**2 * price
+
+    assert cost(1) < min(cost(0.99), cost(1.01))
+
+
 def test_a_start_without_corrections_keeps_the_priors_directions():
     features, soft = problem(60, 8, 4)
     rows = unit_rows(4, 8)

@@ -151,7 +151,8 @@ def _solve(
     with torch.no_grad():
         reference_NC = learner.objective.reference(learner.output(features_NF), target_NC)
     # The start is this very problem with the labels as reference.
-    solution = start if torch.equal(reference_NC, target_NC) else problem.solve(features_NF, reference_NC)
+    is_softer = not torch.equal(reference_NC, target_NC)
+    solution = problem.solve(features_NF, reference_NC, target_NC) if is_softer else start
     learner.set_head(solution.head)
     return figures, solution
 

@@ -11,6 +11,10 @@ trust α is learned together with the head:
 What trust costs does not fade with N as what corrections cost does: the more images, the larger the V that fits them,
 and a prior at a price that fades as well would be used to save on V whether it is right or not (LOG.md, 2026-11-25).
 The solution is folded into a plain linear layer on the pooled feature: W = 20 W̃ / r, b' = b - W μ.
+
+A reference that is softer than the label also asks for smaller logits, and a solved head is not overconfident, as a
+stepped network is: it would come out too doubtful. So W̃, α and b are fitted to the reference, and then multiplied by
+the one number that is best for the labels in the very problem above (LOG.md, 2026-11-25).
 Shapes: N images, F features, C classes, K coordinates of the images.
 """
 
@@ -98,12 +102,19 @@ class HeadProblem:
     prior: Prior | None = None
     corrects: bool = True
 
-    def solve(self, features_NF: Tensor, reference_NC: Tensor, tolerance: float = GRADIENT_TOLERANCE) -> Solution:
+    def solve(
+        self,
+        features_NF: Tensor,
+        reference_NC: Tensor,
+        target_NC: Tensor | None = None,
+        tolerance: float = GRADIENT_TOLERANCE,
+    ) -> Solution:
         """Return the minimum.
 
         Args:
             features_NF: Pooled features that do not move.
             reference_NC: The distribution per image that the head is fitted to: one-hot labels, or softer.
+            target_NC: The labels, where the reference is softer: the logits' scale is fitted to them.
             tolerance: Largest entry of the gradient to stop at.
 
         Raises:
@@ -118,7 +129,14 @@ class HeadProblem:
         if self.prior is not None:
             prior_CF = self.prior.rows_CF.to(x_NF)
             evidence_NC = x_NF @ prior_CF.T
-        weight_CK, bias_C, trust_C = self._minimise(x_NK, evidence_NC, reference_NC, tolerance)
+        weight_CK, bias_C, trust_C, price = self._minimise(x_NK, evidence_NC, reference_NC, tolerance)
+        if target_NC is not None:
+            logits_NC = torch.addmm(bias_C, x_NK, weight_CK.T)
+            if evidence_NC is not None and trust_C is not None:
+                logits_NC += trust_C * evidence_NC
+            scale = best_scale(logits_NC, target_NC.to(x_NF.dtype), price)
+            weight_CK, bias_C = scale * weight_CK, scale * bias_C
+            trust_C = None if trust_C is None else scale * trust_C
         weight_CF = weight_CK @ basis_FK.T
         if prior_CF is not None and trust_C is not None:
             weight_CF = weight_CF + trust_C[:, None] * prior_CF
@@ -141,8 +159,8 @@ class HeadProblem:
 
     def _minimise(
         self, x_NK: Tensor, evidence_NC: Tensor | None, reference_NC: Tensor, tolerance: float
-    ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Return V in the images' coordinates, b and α.
+    ) -> tuple[Tensor, Tensor, Tensor | None, float]:
+        """Return V in the images' coordinates, b, α, and what V and α cost.
 
         α is solved for in units in which its penalty is that of an entry of V: a parameter with a scale of its own
         costs L-BFGS iterations.
@@ -191,7 +209,26 @@ class HeadProblem:
         with torch.enable_grad():
             optimizer.step(closure)
         alpha_C = trust()
-        return weight_CK.detach(), bias_C.detach(), None if alpha_C is None else alpha_C.detach().clone()
+        price = shrink * sum(parameter.detach().square().sum().item() for parameter in penalised)
+        return weight_CK.detach(), bias_C.detach(), None if alpha_C is None else alpha_C.detach().clone(), price
+
+
+def best_scale(logits_NC: Tensor, target_NC: Tensor, price: float) -> float:
+    """Return s > 0 with the lowest CE(s · logits, target) + s² · price, a convex problem in one unknown.
+
+    Args:
+        logits_NC: Of a solved problem, bias included.
+        target_NC: One-hot labels.
+        price: What the head that made the logits pays for its weights.
+    """
+    from scipy.optimize import minimize_scalar
+
+    def loss(log_scale: float) -> float:
+        scale = math.exp(log_scale)
+        log_probs_NC = (scale * logits_NC).log_softmax(dim=1)
+        return -(target_NC * log_probs_NC).sum(dim=1).mean().item() + scale**2 * price
+
+    return math.exp(minimize_scalar(loss, bounds=(-3, 3), method="bounded", options={"xatol": 1e-6}).x)
 
 
 def _coordinates(x_NF: Tensor) -> tuple[Tensor, Tensor]:

@@ -48,7 +48,7 @@ class TextSupervisedConfig(TextObjectiveConfig):
 
     name: Literal["tes"] = "tes"
     text_target_weight: Annotated[float, Field(ge=0, le=1)] | None = Field(
-        None, description="λ_V: weight of softmax(t) in the target; None: 0.1 for a solved head, 0.2 for all weights"
+        None, description="λ_V: weight of softmax(t) in the target; None: 0.05 for a solved head, 0.2 for all weights"
     )
     text_loss_weight: Annotated[float, Field(ge=0)] = Field(1.0, description="λ_T: weight of CE(t, y)")
     train_projection: bool = Field(
@@ -59,8 +59,8 @@ class TextSupervisedConfig(TextObjectiveConfig):
         if self.text_target_weight is not None:
             return {}
         if train == "head":
-            # A solved head is not overconfident: more softening makes it doubt what it has right (LOG.md, 2026-11-25).
-            return {"text_target_weight": (0.1, "a solved head is well calibrated already")}
+            # A solved head is not overconfident: more softening costs calibration (LOG.md, 2026-11-25).
+            return {"text_target_weight": (0.05, "a solved head is well calibrated already")}
         return {"text_target_weight": (0.2, "all weights are trained")}
 
     def check(self, start: str | None, train: str) -> None:
