@@ -87,6 +87,11 @@ def test_an_explicit_start_is_part_of_the_arms_name():
         ({}, ["image.std=[0, 1, 1]"], "`image.std"),
         ({}, ["optim.learning_rate=.nan"], "`optim.learning_rate`"),
         ({}, ["text.templates=[["], "not valid YAML"),
+        ({}, ["augment.mixup=-1"], "`augment.mixup`"),
+        ({}, ["augment.cutmix=1e-9"], "mixes next to nothing; 0 switches it off"),
+        ({}, ["optim.layer_decay=0"], "`optim.layer_decay`"),
+        ({}, ["optim.layer_decay=1.5"], "`optim.layer_decay`"),
+        ({}, ["optim.ema=1"], "`optim.ema`"),
     ],
 )
 def test_a_mistake_is_one_clear_sentence(flags, assignments, words):

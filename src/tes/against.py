@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -33,7 +32,7 @@ def against_ce(
 ) -> dict[str, Any]:
     """Train `ce` from `probe` on the same images and compare the two on val, image by image."""
     # Settled anew: `ce` from a probe has learning rates, and a weight decay, of its own.
-    own = {key: _default(key) for key, value in asked.objective.defaults.items() if _value(asked, key) == value}
+    own = {key: _default(key) for key, value in asked.objective.defaults.items() if asked.value(key) == value}
     plain = asked.replace({"objective": {"name": "ce"}, "start": "probe"} | own)
     plain = settle(plain, given.dataset, loaded.backbone, objectives.get("ce"), loaded.source_text, len(train)).config
     other = fit(plain, replace(given, prior=None), train, log=lambda row: log(row | {"arm": "ce"})).learner
@@ -54,10 +53,6 @@ def against_ce(
         "nll_difference": float(nll_N.mean()),
         "nll_standard_error": float(nll_N.std(ddof=1) / len(nll_N) ** 0.5) if len(nll_N) > 1 else None,
     }
-
-
-def _value(config: Config, key: str) -> Any:
-    return functools.reduce(getattr, key.split("."), config)
 
 
 def _default(key: str) -> Any:

@@ -7,6 +7,7 @@ file, a flag, `--set a.b=c`.
 
 from __future__ import annotations
 
+import functools
 import types
 import typing
 from collections.abc import Iterable, Mapping
@@ -15,7 +16,7 @@ from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, SerializeAsAny, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, SerializeAsAny, ValidationError, field_validator, model_validator
 
 from tes.errors import ConfigError, did_you_mean
 
@@ -169,6 +170,14 @@ class OptimConfig(Settings):
     clip_norm: Annotated[float, Field(gt=0)] | None = Field(
         None, description="largest norm of the gradient; None: no limit"
     )
+    layer_decay: Annotated[float, Field(gt=0, le=1)] | None = Field(
+        None, description="each layer's learning rate in units of the next one's, from the head down; None or 1: off"
+    )
+    ema: Annotated[float, Field(gt=0, lt=1)] | None = Field(
+        None,
+        description="decay of a moving average of all weights, which is what is scored and shipped, for example 0.999"
+        " (less at first, see average.py); None: off",
+    )
     freeze_norms: bool | None = Field(None, description="keep batch norms at their pre-trained statistics; None: yes")
 
     @model_validator(mode="after")
@@ -194,6 +203,9 @@ class ImageConfig(Settings):
     interpolation: Literal["bilinear", "bicubic"] | None = None
 
 
+MIN_ALPHA = 0.01
+
+
 class AugmentConfig(Settings):
     """What happens to a training image, at random."""
 
@@ -202,6 +214,19 @@ class AugmentConfig(Settings):
     )
     min_scale: Fraction = Field(0.25, description="smallest share of the image's area that a resized_crop keeps")
     flip: bool = Field(True, description="mirror half of the images; switch it off where left and right differ")
+    mixup: Annotated[float, Field(ge=0, le=100)] = Field(
+        0.0, description="α of mixup: train on averages of two images, λ from Beta(α, α), for example 0.2; 0: off"
+    )
+    cutmix: Annotated[float, Field(ge=0, le=100)] = Field(
+        0.0, description="α of cutmix: paste a part of another image, for example 1; with mixup: one of them a batch"
+    )
+
+    @field_validator("mixup", "cutmix")
+    @classmethod
+    def _mixes_at_all(cls, alpha: float) -> float:
+        if 0 < alpha < MIN_ALPHA:
+            raise ValueError(f"an α below {MIN_ALPHA} mixes next to nothing; 0 switches it off")
+        return alpha
 
 
 PRIOR_STARTS = ("prior", "probe+prior", "probe+lookup", "probe+permuted")
@@ -247,6 +272,10 @@ class Config(Settings):
         """The run's arm as a comparison writes it: `NAME[@PRESET][+START]`."""
         preset = f"@{self.objective.preset}" if self.objective.preset else ""
         return self.objective.name + preset + (f"+{self.start}" if self.start else "")
+
+    def value(self, key: str) -> Any:
+        """Return the setting with this dotted key."""
+        return functools.reduce(getattr, key.split("."), self)
 
     def replace(self, values: Mapping[str, Any]) -> Config:
         """Return a copy in which the dotted keys of `values` are set."""

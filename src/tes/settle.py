@@ -12,6 +12,7 @@ from tes.engine.compute import Compute, resolve_device, resolve_workers
 from tes.engine.loader import steps_per_epoch
 from tes.errors import ConfigError
 from tes.models.backbone import Backbone
+from tes.models.layers import layer_of
 from tes.models.precision import resolve_precision
 from tes.objectives.base import Objective
 from tes.text.vocabulary import SourceText
@@ -26,6 +27,14 @@ LEARNING_RATE = {
 RANDOM_START = {"adamw": (3.0, 10.0), "sgd": (10.0, 1.0)}
 """From a random head: the backbone's rate in units of the above, and the head's in units of the backbone's. A random
 head has far to go, and an arm that starts from one would else be judged by its undertraining (LOG.md, 2026-11-25)."""
+
+STEPPED = {
+    "augment.mixup": (0,),
+    "augment.cutmix": (0,),
+    "optim.layer_decay": (None, 1),
+    "optim.ema": (None,),
+}
+"""Options of a training that takes steps, each with the values that switch it off: refused where a head is solved."""
 
 
 @dataclass(frozen=True)
@@ -52,8 +61,17 @@ def check_needs(config: Config, objective_class: type[Objective]) -> None:
             raise ConfigError(
                 f"`--shots 0` uses no label, and `refit: {config.refit}` would train on some; leave it out."
             )
+    if "two_views" in objective_class.needs and (config.augment.mixup or config.augment.cutmix):
+        raise ConfigError(
+            f"The objective `{config.objective.name}` compares images by their class, and a mixed image has two; leave"
+            " augment.mixup and augment.cutmix out."
+        )
     if config.train != "head":
         return
+    if wanted := [key for key, off in STEPPED.items() if config.value(key) not in off]:
+        raise ConfigError(
+            f"`{wanted[0]}` changes nothing with `train: head`, where a head is solved, not stepped; add `--train all`."
+        )
     if config.start == "random":
         raise ConfigError(
             "`start: random` with `train: head` would measure undertraining, since a head is solved, not stepped; add"
@@ -125,6 +143,12 @@ def settle(
     if train == "all":
         number = len(dataset.indices("train")) if num_images is None else num_images
         _settle_optimiser(config.replace(values), backbone.family, number, decide)
+        if config.optim.layer_decay not in (None, 1):
+            num_layers = 1 + max(layer_of(backbone.network).values(), default=0)
+            lowest = config.replace(values).optim.learning_rate * config.optim.layer_decay**num_layers
+            reasons.append(
+                f"  optim.layer_decay: {num_layers} layers, the first one at a learning rate of {lowest:.2g}"
+            )
     settled = config.replace(values)
     check_needs(settled, objective_class)
     return Settled(settled, Compute(device, precision, memory_format, num_workers), reasons)

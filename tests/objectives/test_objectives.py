@@ -375,3 +375,18 @@ def test_every_objective_keeps_the_contract(name):
 def test_an_unknown_objective_is_refused_with_the_nearest_name():
     with pytest.raises(ConfigError, match="Did you mean `tes`"):
         objectives.get("tess")
+
+
+@pytest.mark.parametrize("name", objectives.names())
+def test_the_loss_of_a_mixed_target_is_the_mixture_of_the_losses(name):
+    """Every loss is a cross-entropy to what is affine in the target, so that mixup's two forms are one."""
+    if "two_views" in objectives.get(name).needs:
+        pytest.skip("refuses mixed images")
+    objective = make(name, text_rows()).double()
+    features, logits, one = (torch.from_numpy(part) for part in batch())
+    other, out = one.roll(1, 0), ModelOutput(features, logits, weights())
+    share = 0.3
+    got, first, second = (objective.losses(out, y) for y in (share * one + (1 - share) * other, one, other))
+    assert not torch.equal(one, other)
+    for loss in got:
+        assert got[loss].item() == pytest.approx((share * first[loss] + (1 - share) * second[loss]).item(), rel=1e-6)

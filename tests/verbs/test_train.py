@@ -84,6 +84,36 @@ def test_training_all_moves_the_weights_and_lowers_the_loss(settings, resnet):
     assert not torch.equal(before, load_file(run.path / "model.safetensors")["backbone.layer1.0.conv1.weight"])
 
 
+@pytest.mark.slow
+def test_the_options_of_a_stepped_training_go_together_whatever_the_workers(settings, tmp_path):
+    options = {"augment__mixup": 0.3, "augment__cutmix": 1.0, "optim__layer_decay": 0.8, "optim__ema": 0.99}
+    flags = {"objective": "tes", "train": "all", "optim__num_steps": 3, "optim__accumulate": 2}
+    files = []
+    for num_workers in (0, 2):
+        out = tmp_path / str(num_workers)
+        run = tes.train(settings(**flags, **options, num_workers=num_workers, out=str(out)))
+        assert run.settings["augment"]["mixup"] == 0.3 and run.settings["optim"]["ema"] == 0.99
+        files.append([(out / name).read_bytes() for name in ("model.safetensors", "text_head.safetensors")])
+        saved = run.predictions("test")
+        rows = list(
+            tes.Classifier.from_run(run).predict([Path(run.settings["data"]["source"]) / p for p in saved.paths])
+        )
+        for row, probabilities in zip(rows, saved.probabilities("vision")):
+            assert row.prob == pytest.approx(probabilities.max(), abs=2e-2)  # what is scored is what is shipped
+    assert files[0] == files[1]
+
+
+@pytest.mark.parametrize(
+    "option", [{"augment.mixup": 0.2}, {"augment.cutmix": 1.0}, {"optim.layer_decay": 0.8}, {"optim.ema": 0.9}]
+)
+def test_an_option_of_steps_is_refused_where_a_head_is_solved(settings, option):
+    (key,) = option
+    for train in ("head", "auto"):
+        with pytest.raises(ConfigError, match=f"`{key}` changes nothing with `train: head`.*add `--train all`"):
+            tes.train(settings(objective="ce", train=train, device="cpu").replace(option))
+    assert not Path(settings().out).exists()
+
+
 def test_weights_of_zero_equal_ce_step_for_step(settings, tmp_path):
     models = []
     flags = {"train": "all", "optim__num_steps": 4, "precision": "fp32"}

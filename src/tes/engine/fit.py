@@ -20,6 +20,7 @@ from tes.engine.compute import seed_everything
 from tes.engine.features import FrozenFeatures
 from tes.engine.learner import Learner, one_hot
 from tes.engine.loader import steps_per_epoch, train_batches
+from tes.engine.mix import mixed
 from tes.engine.solve import HeadProblem, Prior, Solution
 from tes.engine.start import random_head
 from tes.files import sha256_text
@@ -183,6 +184,7 @@ def _step(
         num_steps=num_steps,
         seed=config.seed,
     )
+    batches = mixed(batches, config.augment, dataset.num_classes, learner.compute, seed=config.seed)
 
     def on_losses(step: int, means: dict[str, float], learning_rate: float) -> None:
         log(

@@ -30,11 +30,12 @@ SMALL_IMAGES = 64
 
 @dataclass(frozen=True)
 class Batch:
-    """`indices_B` into the data set, uint8 RGB images, and the classes' indices."""
+    """`indices_B` into the data set, uint8 RGB images, and the classes' indices; once mixed (mix.py), soft targets."""
 
     indices_B: Tensor
     images_B3HW: Tensor
     labels_B: Tensor
+    target_BC: Tensor | None = None
 
 
 def eval_transform(images: ImageSettings) -> Callable[[Image.Image], Tensor]:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from tes import console
 from tes.config import OptimConfig
+from tes.engine.average import WeightAverage
 from tes.engine.learner import Learner, one_hot
 from tes.engine.loader import Batch
 from tes.engine.optim import build_optimizer, build_schedule
@@ -40,10 +41,10 @@ def train_step(
     """Take one step on one batch and return its losses, each a mean over the batch."""
     total: dict[str, Tensor] = {}
     num_parts = max(1, min(accumulate, len(batch.labels_B) // 2))  # a part of one image breaks batch norm
-    parts = zip(batch.images_B3HW.tensor_split(num_parts), batch.labels_B.tensor_split(num_parts))
-    for images, labels in parts:
-        target_BC = one_hot(labels, learner.head.out_features).to(learner.compute.device)
-        losses = learner(learner.compute.images(images), target_BC)
+    target_BC = one_hot(batch.labels_B, learner.head.out_features) if batch.target_BC is None else batch.target_BC
+    parts = zip(batch.images_B3HW.tensor_split(num_parts), target_BC.tensor_split(num_parts))
+    for images, targets in parts:
+        losses = learner(learner.compute.images(images), targets.to(learner.compute.device))
         share = len(images) / len(batch.images_B3HW)  # backward() sums gradients; the shares make them a mean
         (share * sum(losses.values())).backward()
         for name, loss in losses.items():
@@ -70,9 +71,9 @@ def fit(
     """Train for `num_steps` steps, one batch each.
 
     Args:
-        learner: Changed in place; left in eval mode.
+        learner: Changed in place; left in eval mode, and, where there is a moving average (`ema`), with its weights.
         batches: At least `num_steps` of them.
-        config: Optimiser, learning rates (resolved), accumulation and clipping.
+        config: Optimiser, learning rates (resolved), accumulation, clipping and moving average.
         num_steps: The budget.
         path_of: Names an image by its index, for messages.
         on_losses: Called now and then with (step, mean losses since the last call, learning rate).
@@ -84,12 +85,14 @@ def fit(
     """
     optimizer = build_optimizer(learner, config)
     schedule = build_schedule(optimizer, num_steps, config.warmup)
+    average = WeightAverage(learner, config.ema)
     to_train_mode(learner, config.freeze_norms)
     pending: list[StepLosses] = []
     with console.progress(num_steps, "training", "steps") as progress:
         for step, batch in zip(range(1, num_steps + 1), batches):
             learning_rate = optimizer.param_groups[0]["lr"]
             losses = train_step(learner, batch, optimizer, schedule, config.accumulate, config.clip_norm)
+            average.update()
             pending.append(StepLosses(step, losses, batch.indices_B))
             if step % STEPS_BETWEEN_CHECKS == 0 or step == num_steps or step in evaluate_at:
                 means = _mean_losses(pending, path_of)
@@ -98,8 +101,10 @@ def fit(
                 progress.advance(0, **means)
             progress.advance(1)
             if step in evaluate_at:
-                evaluate(step)
+                with average.applied():
+                    evaluate(step)
                 to_train_mode(learner, config.freeze_norms)
+    average.apply()
     learner.eval()
 
 
