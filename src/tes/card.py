@@ -5,16 +5,15 @@ from __future__ import annotations
 import re
 from typing import Any
 
-from tes.config import Config
 from tes.data.classes_file import ClassInfo
 
 
-def model_card(config: Config, classes: list[ClassInfo], summary: dict[str, Any], citation: str) -> str:
+def model_card(classes: list[ClassInfo], summary: dict[str, Any], seed: int, citation: str) -> str:
     """Return README.md of a run folder."""
     names = [_plain(info.name) for info in classes]
     shown = ", ".join(names[:20]) + (f" and {len(names) - 20} more" if len(names) > 20 else "")
     refit = summary["refit"]
-    trained = "the head alone" if config.train == "head" else "all weights"
+    trained = "the head alone" if summary["train"] == "head" else "all weights"
     held = "`model.safetensors` holds backbone and head, `preprocess.json` and `classes.json` how to feed and read it,"
     if summary["default_head"] == "text":
         held = (
@@ -25,7 +24,7 @@ def model_card(config: Config, classes: list[ClassInfo], summary: dict[str, Any]
         f"# {_plain(summary['data'])}: {len(classes)} classes",
         "",
         f"An image classifier fine-tuned with [tes](https://arxiv.org/abs/2304.01489), arm `{summary['arm']}` from the"
-        f" start `{summary['start']}`; backbone `{_plain(config.backbone.name)}`, {trained} trained. It needs no"
+        f" start `{summary['start']}`; backbone `{_plain(summary['backbone']['name'])}`, {trained} trained. It needs no"
         f" text at inference; it answers with its `{summary['default_head']}` head.",
         "",
         f"Classes: {shown}.",
@@ -33,10 +32,13 @@ def model_card(config: Config, classes: list[ClassInfo], summary: dict[str, Any]
         "## Figures",
         "",
         f"{summary['num_train']} training, {summary['num_val']} validation, {summary['num_test']} test images; seed"
-        f" {config.seed}. Hyper-parameters were not chosen on the test split.",
+        f" {seed}. Hyper-parameters were not chosen on the test split.",
     ]
     if refit != "none":
         lines.append(f"The shipped weights were trained once more on {refit}; the figures are those before this refit.")
+    if "averaged" in summary:
+        alpha = summary["averaged"]["alpha"]
+        lines.append(f"These weights are {alpha:g} of the run's and {1 - alpha:g} of its start's, chosen on val.")
     lines += ["", "| split | head | top-1 | mean per class | macro F1 | NLL | ECE |", "|---|---|---|---|---|---|---|"]
     for split, heads in summary["metrics"].items():
         for head, figures in heads.items():

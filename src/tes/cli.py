@@ -68,6 +68,13 @@ Assignments = Annotated[
     typer.Option("--set", metavar="A.B=C", help="Any setting by its key; overrides flags. Repeatable."),
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON value on stdout.")]
+WhereData = Annotated[
+    str | None, typer.Option("--data", metavar="DATA", help="Where the run's images are now, if not where they were.")
+]
+WhereWeights = Annotated[
+    str | None,
+    typer.Option("--checkpoint", metavar="FILE", help="Where the pre-trained weights are now, if not where they were."),
+]
 RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="A run folder that `tes train` wrote.")]
 
 
@@ -177,7 +184,8 @@ def evaluate(
         print(f"{result.get('data', result['split'])}: {result['num_samples']} images")
         for note in result.get("notes", ()):
             print(note, file=sys.stderr)
-        print(_metrics_table({result["split"]: result["heads"]}))
+        calibrated = {f"{head}/T": figures for head, figures in result.get("calibrated", {}).items()}
+        print(_metrics_table({result["split"]: result["heads"] | calibrated}))
 
 
 @app.command()
@@ -209,6 +217,63 @@ def predict(
         print(json.dumps(rows, ensure_ascii=False))
     if failed:
         print(f"{failed} of {len(files)} files could not be read", file=sys.stderr)
+
+
+@app.command()
+def diagnose(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Run folders; two seeds of ce tell most.")],
+    data: WhereData = None,
+    text: Annotated[
+        str | None, typer.Option("--text", help="Embeds the class names for runs without a text head.")
+    ] = None,
+    backbone: BackboneName = None,
+    checkpoint: WhereWeights = None,
+    out: Annotated[Path | None, typer.Option(help="Folder for diagnosis.{json,svg}; default: the first run.")] = None,
+    as_json: AsJson = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+) -> None:
+    """Did fine-tuning stay near what the pre-trained model induces, or move towards the text? The paper's claim."""
+    from tes.diagnosis import render
+    from tes.verbs.diagnose import diagnose as diagnose_runs
+
+    result = diagnose_runs(runs, data_source=data, text_encoder=text, backbone=backbone, checkpoint=checkpoint, out=out)
+    print(json.dumps(result, ensure_ascii=False) if as_json else render(result))
+
+
+@app.command()
+def average(
+    run: RunFolder,
+    data: WhereData = None,
+    backbone: BackboneName = None,
+    checkpoint: WhereWeights = None,
+    out: Annotated[str | None, typer.Option(help="The new run; default: runs/<data>-<arm>-averaged-<n>.")] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the run in --out.")] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+) -> None:
+    """Average a run's weights with those it started from (WiSE-FT), as far as val says; writes a new run folder."""
+    from tes.verbs.average import average as average_run
+    from tes.verbs.average import render
+
+    averaged = average_run(
+        run, out=out, overwrite=overwrite, data_source=data, backbone=backbone, checkpoint=checkpoint
+    )
+    print(render(averaged))
+    print(_metrics_table(averaged.metrics))
+    print(f"\nrun folder: {averaged.path}")
+
+
+@app.command()
+def calibrate(
+    run: RunFolder,
+    as_json: AsJson = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+) -> None:
+    """Fit temperatures (and the text head's weight) to val, so that probabilities mean what they say."""
+    from tes.verbs.calibrate import calibrate as calibrate_run
+    from tes.verbs.calibrate import render
+
+    result = calibrate_run(run)
+    print(json.dumps(result, ensure_ascii=False) if as_json else render(result))
 
 
 @app.command()
@@ -460,7 +525,8 @@ def _listed(text: str) -> list[str]:
 def _metrics_table(metrics: dict[str, Any]) -> str:
     columns = ("top1", "top5", "mean_per_class", "macro_f1", "nll", "ece", "coarse_top1")
     shown = [name for name in columns if any(name in heads[head] for heads in metrics.values() for head in heads)]
-    lines = [f"{'split':6}{'head':8}" + "".join(f"{name:>16}" for name in shown)]
+    width = max([8, *(len(head) + 2 for heads in metrics.values() for head in heads)])
+    lines = [f"{'split':6}{'head':{width}}" + "".join(f"{name:>16}" for name in shown)]
     for split, heads in metrics.items():
         for head, figures in heads.items():
             cells = []
@@ -468,5 +534,5 @@ def _metrics_table(metrics: dict[str, Any]) -> str:
                 value = figures.get(name)
                 plain = name in ("nll", "ece")
                 cells.append("-" if value is None else f"{value:.3f}" if plain else f"{value:.1%}")
-            lines.append(f"{split:6}{head:8}" + "".join(f"{cell:>16}" for cell in cells))
+            lines.append(f"{split:6}{head:{width}}" + "".join(f"{cell:>16}" for cell in cells))
     return "\n".join(lines)

@@ -216,7 +216,7 @@ def run_job(
     if wanted and not is_plain and len(choosing) and len(train):
         summary["against"] = against_room.against_ce(asked, loaded, given, train, choosing, fitted.learner, frozen, log)
         console.note(against_room.render(arm, summary["against"]))
-    write_atomic(folder / "README.md", model_card(config, dataset.classes, summary, objective_class.citation))
+    write_atomic(folder / "README.md", model_card(dataset.classes, summary, config.seed, objective_class.citation))
     append_jsonl(folder / "timing.jsonl", {"seconds": round(time.monotonic() - began, 3)})
     write_json(folder / "run.json", summary)
 

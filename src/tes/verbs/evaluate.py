@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tes import data
+from tes.calibration import Calibration
 from tes.errors import RunError
 from tes.metrics import evaluate_split
 from tes.predictions import Predictions
@@ -33,7 +34,8 @@ def evaluate(
         network: The module itself, likewise.
 
     Returns:
-        {"split", "num_samples", "default_head", "heads": {head: {metric: fraction}}}; with `data_source` also "data".
+        {"split", "num_samples", "default_head", "heads": {head: {metric: fraction}}}; with `data_source` also "data";
+        after `tes calibrate` also "calibrated": as "heads", with `ensemble` where there are two.
     """
     run = run if isinstance(run, Run) else Run.open(run)
     result: dict[str, Any] = {"split": split}
@@ -51,7 +53,10 @@ def evaluate(
         dataset, predictions = _predict_elsewhere(run, data_source, backbone, network)
         result = {"split": "all", "data": dataset.name}
         coarse = [info.coarse for info in dataset.classes]
-    heads = evaluate_split(predictions, coarse if all(name is not None for name in coarse) else None)
+    heads = evaluate_split(predictions, coarse)
+    calibration = Calibration.load(run.path / "calibration.json")
+    if calibration is not None:
+        result["calibrated"] = calibration.evaluate(predictions, coarse)
     return result | {
         "num_samples": len(predictions.labels),
         "default_head": run.summary.get("default_head", "vision"),
@@ -63,7 +68,7 @@ def _predict_elsewhere(
     run: Run, source: str, backbone: str | None, network: nn.Module | None
 ) -> tuple[data.Dataset, Predictions]:
     from tes.engine.scoring import predict
-    from tes.verbs.predict import load_learner, recorded_compute
+    from tes.reopen import load_learner, recorded_compute
 
     classes = [
         data.ClassInfo(label=str(row["class"]), name=str(row["name"]), coarse=row.get("coarse")) for row in run.classes

@@ -1,0 +1,249 @@
+"""A run averaged with its own start: θ_α = (1-α) θ0 + α θ of backbone and head, α chosen on val.
+
+Wortsman, Ilharco, Kim, Li, Kornblith, Roelofs, Gontijo-Lopes, Hajishirzi, Farhadi, Namkoong and Schmidt: Robust
+fine-tuning of zero-shot models (WiSE-FT). CVPR 2022. θ0 is the pre-trained backbone with the head that training began
+with. The run itself, α = 1, is kept unless another α beats it on val by more than one standard error.
+
+Activations of averaged weights have statistics that neither end has, also where both ends share theirs (frozen batch
+norms): strictly between the ends they are re-estimated, as `torch.optim.swa_utils.update_bn` does, on training images
+in random order, prepared as at test time, since it is test images that they will normalise.
+"""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import yaml
+from torch import Tensor, nn
+
+from tes import console, run_writer
+from tes.card import model_card
+from tes.data.dataset import Dataset
+from tes.engine.fit import Fitted
+from tes.engine.learner import Learner
+from tes.engine.loader import eval_batches
+from tes.engine.scoring import predict
+from tes.engine.solve import Solution
+from tes.errors import RunError
+from tes.files import append_jsonl, read_json, sha256_file, user_path, write_atomic, write_json
+from tes.metrics import evaluate_split, image_losses
+from tes.predictions import Predictions
+from tes.reopen import Reopened, reopen
+from tes.run import Run, claim, refuse_out_among_images
+from tes.search import choose
+
+ALPHAS = (1.0, *(round(0.1 * step, 1) for step in range(10)))
+"""The run itself first: it is what is kept where nothing is better."""
+MAX_NORM_IMAGES = 2048
+"""Training images that batch-norm statistics are estimated on: more move them by less than one percent."""
+MODELS = ("model.safetensors", "head.safetensors")
+CITATION = "Wortsman et al.: Robust fine-tuning of zero-shot models (WiSE-FT). CVPR 2022"
+
+
+def average(
+    run: Run | str | Path,
+    *,
+    out: str | None = None,
+    overwrite: bool = False,
+    data_source: str | None = None,
+    backbone: str | None = None,
+    checkpoint: str | None = None,
+    network: nn.Module | None = None,
+) -> Run:
+    """Average a run with its start, and return the new run, a folder like any other.
+
+    Args:
+        run: A run or its folder.
+        out: The new folder; None: `runs/<data>-<arm>-averaged-<n>`.
+        overwrite: Replace the run that stands in `out`.
+        data_source: Where the images are now, if not where they were.
+        backbone: For an own module, its `package.module:factory`, repeated.
+        checkpoint: Where the pre-trained weights are now, if not where they were.
+        network: An own module itself, pre-trained.
+
+    Raises:
+        TesError: A sentence about the run, its images or its backbone; nothing is left half-written.
+    """
+    began = time.monotonic()
+    run = run if isinstance(run, Run) else Run.open(run)
+    _refuse(run)
+    where = {"data_source": data_source, "backbone": backbone, "checkpoint": checkpoint, "network": network}
+    it = reopen(run, **where)
+    start, end = _weights(it)
+    if all(torch.equal(start[name], end[name]) for name in start):
+        raise RunError(f"`{run.path}` ended where it started, with its start's solution: there is nothing to average.")
+    settings = _settings(run, data_source, checkpoint)
+    refuse_out_among_images(user_path(out or "runs"), user_path(settings["data"]["source"]))
+    if out is not None and user_path(out).resolve() == run.path.resolve():
+        raise RunError(f"`{out}` is the run that is averaged, and stays; choose another --out.")
+    with claim(out, f"{it.dataset.name}-{run.summary['arm']}-averaged", overwrite) as claimed:
+        _average(it, start, end, claimed.path, settings)
+        append_jsonl(claimed.path / "timing.jsonl", {"seconds": round(time.monotonic() - began, 3)})
+    return Run.open(claimed.path)
+
+
+def render(run: Run) -> str:
+    """Return the course over α on val as a person reads it, and what was chosen."""
+    averaged = run.summary["averaged"]
+    lines = [f"{'α':>4}{'NLL':>8}{'mean per class':>16}   on {run.summary['num_val']} validation images"]
+    for row in averaged["val"]:
+        mark = "  <" if row["alpha"] == averaged["alpha"] else ""
+        lines.append(f"{row['alpha']:4.1f}{row['nll']:8.3f}{row['mean_per_class']:16.1%}{mark}")
+    if averaged["alpha"] == 1:
+        lines.append("α = 1, the run itself: no other is better by more than one standard error")
+    if averaged["num_norm_images"]:
+        lines.append(f"batch norms between the ends: re-estimated on {averaged['num_norm_images']} training images")
+    return "\n".join(lines)
+
+
+def _refuse(run: Run) -> None:
+    summary = run.summary
+    wanted = ("arm", "start", "train", "refit", "data", "num_train", "num_val", "num_test", "backbone", "default_head")
+    if missing := [key for key in wanted if key not in summary]:
+        raise RunError(f"`{run.path / 'run.json'}` is damaged: it has no `{missing[0]}`.")
+    if summary["default_head"] == "text":
+        raise RunError(f"`{run.path}` answers with its text head, whose start it does not keep: it cannot be averaged.")
+    if not summary["num_train"]:
+        raise RunError(f"`{run.path}` was made from 0 shots: it is its own start, with nothing to average.")
+    if not summary["num_val"]:
+        raise RunError(f"`{run.path}` has no validation image to choose α by, and test is not for choosing.")
+    if summary["refit"] != "none":
+        raise RunError(
+            f"`{run.path}` was trained once more on {summary['refit']}, so that val can no longer choose α; train it"
+            " with --refit none."
+        )
+
+
+def _weights(it: Reopened) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Return θ0, what is averaged, and the learner's whole state with θ in it; by the learner's names."""
+    head = it.start_head
+    start = {"head.weight": head.weight_CF, "head.bias": head.bias_C}
+    if it.moved:
+        network = it.pretrained.network.state_dict()
+        start |= {f"backbone.network.{name}": value for name, value in network.items() if value.is_floating_point()}
+    end = {name: value.detach().cpu().clone() for name, value in it.learner.state_dict().items()}
+    return {name: value.detach().cpu() for name, value in start.items()}, end
+
+
+def _between(start: Mapping[str, Tensor], end: Mapping[str, Tensor], alpha: float) -> dict[str, Tensor]:
+    if alpha == 1:
+        return dict(end)
+    return {name: (1 - alpha) * start[name] + alpha * value if name in start else value for name, value in end.items()}
+
+
+def reestimate_norms(learner: Learner, dataset: Dataset, indices: np.ndarray) -> int:
+    """Set every batch norm's statistics to the mean of those of batches; return how many images were used.
+
+    The text head's is one of them: it reads the same features.
+    """
+    norms = [
+        module
+        for module in learner.modules()
+        if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.running_mean is not None
+    ]
+    if not norms:
+        return 0
+    # In the order of the data set a batch would hold one class, and lack the spread between classes.
+    shuffled = np.random.default_rng(0).permutation(indices)[:MAX_NORM_IMAGES]
+    learner.eval()
+    momenta = [norm.momentum for norm in norms]
+    for norm in norms:
+        norm.reset_running_stats()
+        norm.momentum = None  # a plain mean over the batches
+        norm.train()
+    with torch.no_grad():
+        for batch in eval_batches(dataset, shuffled, learner.backbone.images, learner.compute):
+            with learner.compute.autocast():
+                features_BF = learner.backbone(learner.compute.images(batch.images_B3HW))
+            learner.objective.heads(learner.output(features_BF))
+    for norm, momentum in zip(norms, momenta):
+        norm.momentum = momentum
+    learner.eval()
+    return len(shuffled)
+
+
+def _average(
+    it: Reopened, start: Mapping[str, Tensor], end: Mapping[str, Tensor], folder: Path, settings: dict[str, Any]
+) -> None:
+    learner, dataset = it.learner, it.dataset
+    frozen = None if it.moved else it.features
+    num_norm_images = 0
+
+    def put(alpha: float) -> None:
+        nonlocal num_norm_images
+        learner.load_state_dict(_between(start, end, alpha))
+        if it.moved and 0 < alpha < 1:
+            num_norm_images = reestimate_norms(learner, dataset, it.train_indices)
+
+    val = dataset.indices("val")
+    said: list[Predictions] = []
+    with console.progress(len(ALPHAS), "averaging", "weights") as progress:
+        for alpha in ALPHAS:
+            put(alpha)
+            said.append(predict(learner, dataset, val, frozen))
+            progress.advance(1)
+    chosen = choose([image_losses(predictions, "vision") for predictions in said])
+    put(ALPHAS[chosen])
+    curve = [_row(alpha, predictions) for alpha, predictions in sorted(zip(ALPHAS, said), key=lambda pair: pair[0])]
+    averaged = {
+        "alpha": ALPHAS[chosen],
+        "val": curve,
+        "num_norm_images": num_norm_images,
+        "run": {name: sha256_file(it.run.path / name) for name in MODELS if (it.run.path / name).is_file()},
+    }
+    _write(it, folder, settings, averaged)
+
+
+def _row(alpha: float, predictions: Predictions) -> dict[str, float]:
+    figures = evaluate_split(predictions)["vision"]
+    return {"alpha": alpha, "nll": figures["nll"], "mean_per_class": figures["mean_per_class"]}
+
+
+def _settings(run: Run, data_source: str | None, checkpoint: str | None) -> dict[str, Any]:
+    """Return the run's settings, with its images and weights where they are now."""
+    settings = copy.deepcopy(run.settings)
+    if data_source is not None:
+        settings["data"]["source"] = data_source
+    if checkpoint is not None:
+        settings["backbone"]["checkpoint"] = checkpoint
+    return settings
+
+
+def _write(it: Reopened, folder: Path, settings: dict[str, Any], averaged: dict[str, Any]) -> None:
+    """Write a whole run folder of the learner as it stands; test is scored here, once."""
+    run, learner, dataset = it.run, it.learner, it.dataset
+    write_atomic(folder / "config.yaml", yaml.safe_dump(settings, sort_keys=False, allow_unicode=True))
+    write_json(folder / "env.json", run_writer.environment())
+    write_json(folder / "preprocess.json", learner.backbone.images.to_dict())
+    write_json(folder / "classes.json", read_json(run.path / "classes.json", RunError))
+    write_atomic(folder / "splits.csv", run.file("splits.csv").read_bytes())
+    run_writer.write_thumbnails(folder / "thumbnails", dataset)
+    if (run.path / "predictions" / "train.npz").is_file():  # of the start, which is the same
+        run_writer.write_out_of_fold(folder, run.predictions("train"))
+    for row in averaged["val"]:
+        append_jsonl(folder / "metrics.jsonl", {"split": "val", **row})
+    metrics = {}
+    for split in ("val", "test"):
+        if len(indices := dataset.indices(split)):
+            predictions = predict(learner, dataset, indices, None if it.moved else it.features)
+            metrics[split] = run_writer.write_predictions(folder, split, predictions, dataset)
+            append_jsonl(
+                folder / "metrics.jsonl", {"split": split, "alpha": averaged["alpha"], "heads": metrics[split]}
+            )
+    run_writer.write_model(folder, Fitted(learner, Solution(it.start_head)), it.text, None)
+    # What was said of the run's own weights does not hold for these.
+    kept = {
+        key: value
+        for key, value in run.summary.items()
+        if key not in ("shared", "against", "trials", "selected_trial", "averaged")
+    }
+    summary = kept | {"metrics": metrics, "averaged": averaged}
+    seed = int(settings.get("seed") or 0)
+    write_atomic(folder / "README.md", model_card(dataset.classes, summary, seed, CITATION))
+    write_json(folder / "run.json", summary)
