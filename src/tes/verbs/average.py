@@ -4,9 +4,11 @@ Wortsman, Ilharco, Kim, Li, Kornblith, Roelofs, Gontijo-Lopes, Hajishirzi, Farha
 fine-tuning of zero-shot models (WiSE-FT). CVPR 2022. θ0 is the pre-trained backbone with the head that training began
 with. The run itself, α = 1, is kept unless another α beats it on val by more than one standard error.
 
-Activations of averaged weights have statistics that neither end has, also where both ends share theirs (frozen batch
-norms): strictly between the ends they are re-estimated, as `torch.optim.swa_utils.update_bn` does, on training images
-in random order, prepared as at test time, since it is test images that they will normalise.
+Where batch norms were trained, averaged weights have activations whose statistics neither end has: strictly between
+the ends they are re-estimated, as `torch.optim.swa_utils.update_bn` does, on training images in random order, prepared
+as at test time, since it is test images that they will normalise. Where they were frozen (the default) the statistics
+are constants that the weights were trained around, equal at both ends, and they stay: to re-estimate them cost 8 points
+right beside the run itself (LOG.md, 2026-11-25).
 """
 
 from __future__ import annotations
@@ -24,6 +26,7 @@ from torch import Tensor, nn
 
 from tes import console, run_writer
 from tes.card import model_card
+from tes.config import OptimConfig
 from tes.data.dataset import Dataset
 from tes.engine.fit import Fitted
 from tes.engine.learner import Learner
@@ -34,7 +37,7 @@ from tes.errors import RunError
 from tes.files import append_jsonl, read_json, sha256_file, user_path, write_atomic, write_json
 from tes.metrics import evaluate_split, image_losses
 from tes.predictions import Predictions
-from tes.reopen import Reopened, reopen
+from tes.reopen import Reopened, reopen, section
 from tes.run import Run, claim, refuse_out_among_images
 from tes.search import choose
 
@@ -97,8 +100,17 @@ def render(run: Run) -> str:
         lines.append(f"{row['alpha']:4.1f}{row['nll']:8.3f}{row['mean_per_class']:16.1%}{mark}")
     if averaged["alpha"] == 1:
         lines.append("α = 1, the run itself: no other is better by more than one standard error")
+    chosen, whole = (next(row for row in averaged["val"] if row["alpha"] == alpha) for alpha in (averaged["alpha"], 1))
+    if chosen["mean_per_class"] < whole["mean_per_class"]:
+        lost = 100 * (whole["mean_per_class"] - chosen["mean_per_class"])
+        lines.append(
+            f"{lost:.1f} points of accuracy are lost: smaller weights are also less sure, which lowers the NLL by itself;"
+            " `tes calibrate` on the run itself has that for nothing"
+        )
     if averaged["num_norm_images"]:
         lines.append(f"batch norms between the ends: re-estimated on {averaged['num_norm_images']} training images")
+    elif run.summary["train"] == "all":
+        lines.append("batch norms, if any, were frozen in training and keep their statistics")
     return "\n".join(lines)
 
 
@@ -173,12 +185,13 @@ def _average(
 ) -> None:
     learner, dataset = it.learner, it.dataset
     frozen = None if it.moved else it.features
+    estimates_norms = it.moved and section(it.run, "optim", OptimConfig).freeze_norms is False
     num_norm_images = 0
 
     def put(alpha: float) -> None:
         nonlocal num_norm_images
         learner.load_state_dict(_between(start, end, alpha))
-        if it.moved and 0 < alpha < 1:
+        if estimates_norms and 0 < alpha < 1:
             num_norm_images = reestimate_norms(learner, dataset, it.train_indices)
 
     val = dataset.indices("val")
