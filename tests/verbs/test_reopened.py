@@ -48,7 +48,7 @@ def trained(tmp_path_factory, squares, texts, resnet):
         "ce-0": {"objective": "ce", **stepped},
         "ce-1": {"objective": "ce", "seed": 1, **stepped},
         "tes-0": {"objective": "tes", **stepped},
-        "norms": {"objective": "tes", "optim.freeze_norms": False, **stepped, "start": "probe"},
+        "norms": {"objective": "tes", "optim.freeze_norms": False, **stepped},
         "solved": {"objective": "tes", "refit": "none", "objective.text_target_weight": 0.4},
         "solved-ce": {"objective": "ce", "refit": "none"},
     }
@@ -103,8 +103,9 @@ def test_a_solved_ce_is_w0_itself_and_is_said_to_be_so_by_construction(trained, 
     assert 0.5 < taught["cosine_start"] < 0.999
 
 
+@pytest.mark.slow
 def test_runs_of_other_classes_are_not_compared(trained, photos, texts, resnet, tmp_path):
-    flags = {"data.source": str(photos), "objective": "ce", "out": str(tmp_path / "three"), **resnet}
+    flags = {"data.source": str(photos), "objective": "ce", "refit": "none", "out": str(tmp_path / "three"), **resnet}
     three = tes.train(load_config(flags=flags | {"text.encoder": f"file:{texts}"}))
     result = tes.diagnose([trained("solved"), three], out=tmp_path)
     assert result["pairs"] == [] and any("other classes" in note for note in result["notes"])
@@ -167,6 +168,7 @@ def test_an_own_module_is_never_imported_on_the_folders_word(copied):
             verb()
 
 
+@pytest.mark.slow
 def test_an_own_module_in_python_is_repeated(squares, tmp_path):
     class Own(torch.nn.Module):
         def __init__(self):

@@ -104,8 +104,8 @@ def render(run: Run) -> str:
     if chosen["mean_per_class"] < whole["mean_per_class"]:
         lost = 100 * (whole["mean_per_class"] - chosen["mean_per_class"])
         lines.append(
-            f"{lost:.1f} points of accuracy are lost: smaller weights are also less sure, which lowers the NLL by itself;"
-            " `tes calibrate` on the run itself has that for nothing"
+            f"{lost:.1f} points of accuracy are lost on val: the NLL also falls where a head is as sure as it should"
+            " be, which `tes calibrate` on the run brings by itself"
         )
     if averaged["num_norm_images"]:
         lines.append(f"batch norms between the ends: re-estimated on {averaged['num_norm_images']} training images")
