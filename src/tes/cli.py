@@ -69,11 +69,12 @@ Assignments = Annotated[
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON value on stdout.")]
 WhereData = Annotated[
-    str | None, typer.Option("--data", metavar="DATA", help="Where the run's images are now, if not where they were.")
+    str | None,
+    typer.Option("--data", metavar="DATA", help="Where the run's images are: they are not opened on its word."),
 ]
 WhereWeights = Annotated[
     str | None,
-    typer.Option("--checkpoint", metavar="FILE", help="Where the pre-trained weights are now, if not where they were."),
+    typer.Option("--checkpoint", metavar="FILE", help="The pre-trained weights, if they came from a file; likewise."),
 ]
 RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="A run folder that `tes train` wrote.")]
 

@@ -108,6 +108,8 @@ def sentence(report: Mapping[str, Any], others: Sequence[Mapping[str, Any]], pai
         pairs: Figures between runs; those between two `ce` tell how near two seeds are.
     """
     name, near = report["run"], report["cosine_start"]
+    if near is None and report["agreement"] is None:
+        return f"{name}: whether it ended near W0 cannot be told without its images."
     if report["start"] != "random":
         return (
             f"{name}: says nothing about the claim. Its head started from `{report['start']}`, so that being near W0"

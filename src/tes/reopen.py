@@ -1,9 +1,8 @@
 """A finished run, opened again with what it was made from: its images and splits, its start, its trained network.
 
-A run folder says where its images and weights were; what is found there, or where the caller points to, is held
-against what the folder recorded: images by SHA-1, the backbone by its fingerprint. Nothing that the folder names is
-imported: a saved `package.module:factory` runs only when the caller repeats it, and sources that are no folder or
-table on this machine are opened only when the caller names them.
+A run folder may be a stranger's: no path, source, checkpoint or module that it names is opened, fetched or imported on
+its word. The caller repeats them, and what is found there is held against what the folder recorded: images by SHA-1,
+the backbone by its fingerprint.
 """
 
 from __future__ import annotations
@@ -33,7 +32,7 @@ from tes.engine.learner import Learner, one_hot
 from tes.engine.solve import HeadProblem, LinearHead
 from tes.engine.start import random_head
 from tes.errors import ModelError, RunError, listing
-from tes.files import read_json, user_path
+from tes.files import read_json
 from tes.models.backbone import Backbone, build_network, load_backbone, own_network
 from tes.models.checkpoint import load_strictly, read_weights
 from tes.models.image_settings import ImageSettings
@@ -138,7 +137,7 @@ class Reopened:
 def reopen(
     run: Run,
     *,
-    data_source: str | None = None,
+    data_source: str | None,
     backbone: str | None = None,
     checkpoint: str | None = None,
     network: nn.Module | None = None,
@@ -147,14 +146,14 @@ def reopen(
 
     Args:
         run: Finished.
-        data_source: Where the images are now; None: where they were.
-        backbone: For an own module, its `package.module:factory`, repeated.
-        checkpoint: Where the pre-trained weights are now; None: where they were.
+        data_source: Where the images are.
+        backbone: The backbone's name, repeated, where it is an own module or has its weights from the Hub.
+        checkpoint: Where the pre-trained weights are, if they came from a file.
         network: An own module itself, pre-trained, in place of `backbone`. It is not changed.
 
     Raises:
-        RunError, DataError, ModelError: The folder is damaged, images are missing or changed, or the backbone is not
-            the one that the run started from.
+        RunError, DataError, ModelError: Something was not repeated, the folder is damaged, images are missing or
+            changed, or the backbone is not the one that the run started from.
     """
     compute = recorded_compute(run)
     trained = copy.deepcopy(network) if network is not None else None
@@ -167,8 +166,18 @@ def reopen(
     recorded = section(run, "backbone", BackboneConfig)
     if ":" in recorded.name and network is None:
         recorded = recorded.model_copy(update={"name": _repeated(recorded.name, backbone)})
+    if recorded.checkpoint is not None and checkpoint is None and network is None:
+        raise RunError(
+            f"`{run.path}` started from the weights in `{recorded.checkpoint}`, which are not opened on a run folder's"
+            f" word; if you trust it, repeat it: --checkpoint {recorded.checkpoint}."
+        )
+    if recorded.checkpoint is None and recorded.name not in ("lite0", backbone) and ":" not in recorded.name:
+        raise RunError(
+            f"`{run.path}` started from the Hub's weights of `{recorded.name}`, which are not fetched on a run folder's"
+            f" word; if you want them, repeat it: --backbone {recorded.name}."
+        )
     # The names of the source classes are not needed, and reading them would open another file.
-    recorded = recorded.model_copy(update={"source_classes": None, "checkpoint": checkpoint or recorded.checkpoint})
+    recorded = recorded.model_copy(update={"source_classes": None, "checkpoint": checkpoint})
     images = ImageConfig(**ImageSettings.from_dict(read_json(run.path / "preprocess.json", RunError)).to_dict())
     try:
         pretrained = load_backbone(recorded, images, copy.deepcopy(network))
@@ -179,40 +188,35 @@ def reopen(
     return Reopened(run, learner, pretrained, dataset)
 
 
-def reopen_data(run: Run, data_source: str | None = None) -> Dataset:
+def reopen_data(run: Run, data_source: str | None) -> Dataset:
     """Return the images of a run's splits.csv, found by their content, with the labels and splits that it recorded.
 
     Raises:
-        RunError: splits.csv is damaged.
+        RunError: splits.csv is damaged, or nobody has said where the images are.
         DataError: An image is missing or has changed.
     """
     needed = {"train", "val", "test", *trained_splits(run)}
     rows = [row for row in _split_rows(run) if row["split"] in needed]
-    ref = data_source or (run.settings.get("data") or {}).get("source")
-    # `hf:NAME` and the like would be fetched on a run folder's word.
-    if data_source is None and not (isinstance(ref, str) and user_path(ref).exists()):
-        raise RunError(f"The images of `{run.path}` were in `{ref}`, which is not here; say where they are: --data.")
-    source = open_source(str(ref))
+    if data_source is None:
+        recorded = (run.settings.get("data") or {}).get("source")
+        raise RunError(
+            f"The images of `{run.path}` were in `{recorded}`, which is not opened on a run folder's word; say where"
+            f" they are: --data {recorded}."
+        )
+    source = open_source(data_source)
     where, lost = _find(source, rows)
     if lost:
+        are = "is" if len(lost) == 1 else "are"
         raise RunError(
-            f"Of the {len(rows)} images of `{run.path}`, {len(lost)} {'is' if len(lost) == 1 else 'are'} not in `{ref}`"
-            f" as they were: {listing(lost)}; bring them back, or say where they are: --data."
+            f"Of the {len(rows)} images of `{run.path}`, {len(lost)} {are} not in `{data_source}` as they were:"
+            f" {listing(lost)}; bring them back, or name another --data."
         )
     place = {str(row["class"]): index for index, row in enumerate(run.classes)}
     if unknown := sorted({row["label"] for row in rows} - place.keys()):
         raise RunError(f"`{run.path}` has images of classes that its classes.json lacks: {listing(unknown)}.")
     return Dataset(
         name=str(run.summary.get("data")),
-        classes=[
-            ClassInfo(
-                label=str(row["class"]),
-                name=str(row["name"]),
-                prompts=tuple(row.get("prompts") or ()),
-                coarse=row.get("coarse"),
-            )
-            for row in run.classes
-        ],
+        classes=saved_classes(run),
         paths=[row["path"] for row in rows],
         labels=np.array([place[row["label"]] for row in rows], dtype=np.int64),
         splits=np.array([row["split"] for row in rows], dtype="<U6"),
@@ -220,6 +224,37 @@ def reopen_data(run: Run, data_source: str | None = None) -> Dataset:
         sha1s=[row["sha1"] for row in rows],
         source=_Recorded(source, where),
     )
+
+
+def saved_classes(run: Run) -> list[ClassInfo]:
+    """Return a run's classes with the prompts that stood for them."""
+    return [
+        ClassInfo(
+            label=str(row["class"]),
+            name=str(row["name"]),
+            prompts=tuple(row.get("prompts") or ()),
+            coarse=row.get("coarse"),
+        )
+        for row in run.classes
+    ]
+
+
+def saved_rows(run: Run) -> tuple[np.ndarray, np.ndarray | None]:
+    """Return the vision head's rows (C, F) and, where there is a text head, Z (C, D), from the folder alone.
+
+    Raises:
+        RunError: A file is damaged.
+    """
+    try:
+        weight_CF = _model_weights(run)["head.weight"]
+        path = run.file("text_head.safetensors")
+        rows_CD = read_weights(path)["Z"] if path.is_file() else None
+    except KeyError as missing:
+        raise RunError(f"The model of `{run.path}` has no {missing}.") from None
+    for rows in (weight_CF, rows_CD):
+        if rows is not None and not (rows.ndim == 2 and len(rows) == len(run.classes) and rows.isfinite().all()):
+            raise RunError(f"The model of `{run.path}` does not have a finite row for each of its classes.")
+    return weight_CF.float().numpy(), None if rows_CD is None else rows_CD.float().numpy()
 
 
 def trained_splits(run: Run) -> tuple[str, ...]:

@@ -64,6 +64,17 @@ def trained(tmp_path_factory, squares, texts, resnet):
 
 
 @pytest.fixture
+def again(squares, resnet):
+    """What a caller repeats, since a run folder's word opens nothing."""
+    return {"data_source": str(squares), "checkpoint": resnet["backbone.checkpoint"]}
+
+
+@pytest.fixture
+def flags_again(again):
+    return ("--data", again["data_source"], "--checkpoint", again["checkpoint"])
+
+
+@pytest.fixture
 def copied(trained, tmp_path):
     def copy(name):
         return Run.open(shutil.copytree(trained(name).path, tmp_path / name))
@@ -71,9 +82,9 @@ def copied(trained, tmp_path):
     return copy
 
 
-def test_diagnose_reports_every_run_and_every_pair_and_says_it_in_sentences(trained, cli, tmp_path):
+def test_diagnose_reports_every_run_and_every_pair_and_says_it_in_sentences(trained, flags_again, cli, tmp_path):
     runs = [trained(name) for name in ("ce-0", "ce-1", "tes-0")]
-    code, out, err = cli("diagnose", *(run.path for run in runs), "--out", tmp_path, "--json")
+    code, out, err = cli("diagnose", *(run.path for run in runs), *flags_again, "--out", tmp_path, "--json")
     assert code == 0, err
     result = json.loads(out)
     assert json.loads((tmp_path / "diagnosis.json").read_text()) == result
@@ -95,8 +106,9 @@ def test_diagnose_reports_every_run_and_every_pair_and_says_it_in_sentences(trai
     assert one["sentence"] in root.find("{http://www.w3.org/2000/svg}desc").text
 
 
-def test_a_solved_ce_is_w0_itself_and_is_said_to_be_so_by_construction(trained, cli, tmp_path):
-    code, out, _ = cli("diagnose", trained("solved-ce").path, trained("solved").path, "--out", tmp_path)
+def test_a_solved_ce_is_w0_itself_and_is_said_to_be_so_by_construction(trained, squares, cli, tmp_path):
+    runs = (trained("solved-ce").path, trained("solved").path)
+    code, out, _ = cli("diagnose", *runs, "--data", squares, "--out", tmp_path)
     assert code == 0 and out.count("true by construction") == 2 and "W0' is W0" in out
     (plain, taught) = json.loads((tmp_path / "diagnosis.json").read_text())["runs"]
     assert plain["cosine_start"] == pytest.approx(1, abs=1e-4) and plain["agreement"] == 1
@@ -113,6 +125,23 @@ def test_runs_of_other_classes_are_not_compared(trained, photos, texts, resnet, 
     assert tes.diagnose([three], text_encoder=f"file:{texts}", out=tmp_path)["runs"][0]["text"] is None  # 3 classes
 
 
+def test_without_its_images_a_run_is_held_against_its_text_and_what_is_left_out_is_named(trained, copied, tmp_path):
+    run = copied("tes-0")
+    settings = yaml.safe_load((run.path / "config.yaml").read_text())
+    settings["backbone"]["name"] = "subprocess:check_output"  # nothing of it is needed
+    (run.path / "config.yaml").write_text(yaml.safe_dump(settings))
+    result = tes.diagnose([run.path], out=tmp_path)
+    (report,) = result["runs"]
+    tensors = load_file(run.path / "text_head.safetensors")
+    weight_CF = load_file(run.path / "model.safetensors")["head.weight"].numpy()
+    assert report["text"]["cka"] == pytest.approx(debiased_cka(weight_CF, tensors["Z"].numpy()), abs=1e-6)
+    assert report["cosine_start"] is None and "without its images" in report["sentence"]
+    assert any(f"--data {settings['data']['source']}" in note for note in result["notes"])
+    save_file(tensors | {"Z": tensors["Z"][:2].clone()}, run.path / "text_head.safetensors")
+    with pytest.raises(RunError, match="a finite row for each"):
+        tes.diagnose([run.path], out=tmp_path)
+
+
 def test_images_are_known_by_content_wherever_they_have_moved(trained, squares, tmp_path):
     moved = tmp_path / "moved"
     for file in squares.rglob("*.png"):
@@ -121,7 +150,7 @@ def test_images_are_known_by_content_wherever_they_have_moved(trained, squares, 
     (moved / "empty").mkdir()
     shutil.copy(squares / "red_square" / "00.png", moved / "empty")
     there = tes.diagnose([trained("solved")], data_source=str(moved), out=tmp_path)
-    assert there["runs"] == tes.diagnose([trained("solved")], out=tmp_path)["runs"]
+    assert there["runs"] == tes.diagnose([trained("solved")], data_source=str(squares), out=tmp_path)["runs"]
 
 
 def test_missing_and_changed_images_are_one_sentence(trained, squares, cli, tmp_path):
@@ -138,32 +167,40 @@ def test_missing_and_changed_images_are_one_sentence(trained, squares, cli, tmp_
     assert not (run.path / "diagnosis.json").exists()
 
 
-def test_a_data_source_that_is_no_path_here_is_not_opened_on_the_folders_word(copied):
-    run = copied("solved")
+def test_images_and_weights_are_not_opened_on_the_folders_word(trained, squares, copied, again, tmp_path):
+    new = str(tmp_path / "new")
+    with pytest.raises(RunError, match="not opened on a run folder's word; say where they are: --data"):
+        tes.average(trained("solved"), out=new)
+    with pytest.raises(RunError, match=r"not opened on a run folder's word.*--checkpoint"):
+        tes.diagnose([trained("ce-0")], data_source=str(squares))
+    run = copied("ce-0")
     settings = yaml.safe_load((run.path / "config.yaml").read_text())
-    settings["data"]["source"] = "hf:somebody/something"
+    settings["backbone"] |= {"checkpoint": None, "name": "resnet18"}
     (run.path / "config.yaml").write_text(yaml.safe_dump(settings))
-    with pytest.raises(RunError, match="say where they are: --data"):
-        tes.diagnose([run.path])
+    with pytest.raises(RunError, match=r"not fetched on a run folder's word.*--backbone resnet18"):
+        tes.average(run.path, data_source=str(squares), out=new)
+    assert not Path(new).exists()
 
 
-def test_a_backbone_other_than_the_one_it_started_from_is_refused(trained, resnet, tmp_path):
+def test_a_backbone_other_than_the_one_it_started_from_is_refused(trained, squares, resnet, tmp_path):
+    data = str(squares)
     weights = load_file(resnet["backbone.checkpoint"])
     save_file(weights | {"conv1.weight": weights["conv1.weight"] * 1.01}, tmp_path / "other.safetensors")
     with pytest.raises(ModelError, match=r"is not the backbone that .* started from.*--checkpoint"):
-        tes.diagnose([trained("ce-0")], checkpoint=str(tmp_path / "other.safetensors"), out=tmp_path)
+        tes.diagnose([trained("ce-0")], data_source=data, checkpoint=str(tmp_path / "other.safetensors"), out=tmp_path)
     with pytest.raises(ModelError, match=r"started from cannot be loaded: There is no checkpoint"):
-        tes.average(trained("ce-0"), checkpoint="/nowhere.pth", out=str(tmp_path / "new"))
+        tes.average(trained("ce-0"), data_source=data, checkpoint="/nowhere.pth", out=str(tmp_path / "new"))
     assert not (tmp_path / "new").exists()
     shutil.copy(resnet["backbone.checkpoint"], tmp_path / "moved.safetensors")
-    assert tes.diagnose([trained("ce-0")], checkpoint=str(tmp_path / "moved.safetensors"), out=tmp_path)["runs"]
+    there = str(tmp_path / "moved.safetensors")
+    assert tes.diagnose([trained("ce-0")], data_source=data, checkpoint=there, out=tmp_path)["runs"]
 
 
-def test_an_own_module_is_never_imported_on_the_folders_word(copied):
+def test_an_own_module_is_never_imported_on_the_folders_word(copied, again):
     run = copied("ce-0")
     file = run.path / "config.yaml"
     file.write_text(file.read_text().replace("name: resnet18", "name: subprocess:check_output"))
-    for verb in (lambda: tes.diagnose([run.path]), lambda: tes.average(run.path)):
+    for verb in (lambda: tes.diagnose([run.path], **again), lambda: tes.average(run.path, **again)):
         with pytest.raises(RunError, match="not imported on a run folder's word"):
             verb()
 
@@ -185,16 +222,17 @@ def test_an_own_module_in_python_is_repeated(squares, tmp_path):
     config = load_config(flags=flags | {"data.shots": 5, "out": str(tmp_path / "run"), "backbone.name": "mine:Own"})
     run = tes.train(config, network=network)
     with pytest.raises(RunError, match="--backbone mine:Own"):
-        tes.average(run, out=str(tmp_path / "new"))
-    assert "averaged" in tes.average(run, network=network, out=str(tmp_path / "new")).summary
+        tes.average(run, data_source=str(squares), out=str(tmp_path / "new"))
+    repeated = {"network": network, "data_source": str(squares)}
+    assert "averaged" in tes.average(run, **repeated, out=str(tmp_path / "new")).summary
     assert all(torch.equal(before[name], value) for name, value in network.state_dict().items())
     with pytest.raises(ModelError, match="not the backbone"):
-        tes.diagnose([run], network=Own())
+        tes.diagnose([run], network=Own(), data_source=str(squares))
 
 
 def test_averaging_a_solved_head_moves_the_head_alone_and_leaves_a_whole_run(trained, squares, cli, tmp_path):
     run, out = trained("solved"), tmp_path / "new"
-    code, shown, err = cli("average", run.path, "--out", out)
+    code, shown, err = cli("average", run.path, "--data", squares, "--out", out)
     assert code == 0, err
     new = Run.open(out)
     averaged = new.summary["averaged"]
@@ -216,12 +254,12 @@ def test_averaging_a_solved_head_moves_the_head_alone_and_leaves_a_whole_run(tra
 
 
 def test_averaging_all_weights_with_trained_norms_estimates_their_statistics_anew(
-    trained, resnet, monkeypatch, tmp_path
+    trained, resnet, again, monkeypatch, tmp_path
 ):
     monkeypatch.setattr("tes.verbs.average.ALPHAS", (1.0, 0.5))
     monkeypatch.setattr("tes.verbs.average.choose", lambda losses: 1)
     run = trained("norms")
-    new = tes.average(run, out=str(tmp_path / "new"))
+    new = tes.average(run, **again, out=str(tmp_path / "new"))
     assert new.summary["averaged"]["num_norm_images"] == run.summary["num_train"]
     end, middle = (load_file(folder / "model.safetensors") for folder in (run.path, new.path))
     start = load_file(resnet["backbone.checkpoint"])
@@ -230,7 +268,7 @@ def test_averaging_all_weights_with_trained_norms_estimates_their_statistics_ane
     ends = (start["bn1.running_mean"] + end["backbone.bn1.running_mean"]) / 2
     assert not torch.allclose(middle["backbone.bn1.running_mean"], ends, rtol=0.05)
     # Independently: the mean over all pixels of all training images of what the first layer gives.
-    it = reopen(new)
+    it = reopen(new, **again)
     images = torch.stack([_prepared(it, index) for index in it.train_indices])
     first = torch.nn.functional.conv2d(images, middle["backbone.conv1.weight"], stride=2, padding=3)
     assert torch.allclose(middle["backbone.bn1.running_mean"], first.mean(dim=(0, 2, 3)), atol=2e-3)
@@ -244,26 +282,26 @@ def _prepared(it, index):
     return (pixels / 255 - torch.tensor(images.mean).view(3, 1, 1)) / torch.tensor(images.std).view(3, 1, 1)
 
 
-def test_what_cannot_be_averaged_is_refused_and_leaves_nothing(trained, copied, tmp_path):
+def test_what_cannot_be_averaged_is_refused_and_leaves_nothing(trained, copied, again, tmp_path):
     new = tmp_path / "new"
     with pytest.raises(RunError, match="ended where it started"):
-        tes.average(trained("solved-ce"), out=str(new))
+        tes.average(trained("solved-ce"), out=str(new), **again)
     changes = {"refit": ("trainval", "--refit none"), "default_head": ("text", "text head"), "num_val": (0, "no valid")}
     run = copied("solved")
     whole = (run.path / "run.json").read_text()
     for key, (value, words) in changes.items():
         (run.path / "run.json").write_text(json.dumps(json.loads(whole) | {key: value}))
         with pytest.raises(RunError, match=words):
-            tes.average(run.path, out=str(new))
+            tes.average(run.path, out=str(new), **again)
     (run.path / "run.json").write_text(whole)
     with pytest.raises(RunError, match="choose another --out"):
-        tes.average(run.path, out=str(run.path), overwrite=True)
+        tes.average(run.path, out=str(run.path), overwrite=True, **again)
     save_file({"weight": torch.zeros(2, 2), "bias": torch.zeros(2)}, run.path / "start_head.safetensors")
     with pytest.raises(RunError, match="The head in"):
-        tes.average(run.path, out=str(new))
+        tes.average(run.path, out=str(new), **again)
     (run.path / "splits.csv").write_text("path,label\na,b\n")
     with pytest.raises(RunError, match="does not hold a run's splits"):
-        tes.average(run.path, out=str(new))
+        tes.average(run.path, out=str(new), **again)
     assert not new.exists() and (run.path / "model.safetensors").is_file()
 
 
@@ -281,19 +319,19 @@ def test_a_cell_of_a_comparison_is_reopened_and_its_probe_solved_again(squares, 
     alone = tes.train(load_config(flags=flags | {"objective": "tes", "data.shots": 5, "out": str(tmp_path / "run")}))
     assert not cell.file("start_head.safetensors").exists()
     saved = load_file(alone.path / "start_head.safetensors")
-    assert torch.allclose(reopen(cell).start_head.weight_CF, saved["weight"], atol=1e-5)
-    new = tes.average(cell, out=str(tmp_path / "new"))
+    assert torch.allclose(reopen(cell, data_source=str(squares)).start_head.weight_CF, saved["weight"], atol=1e-5)
+    new = tes.average(cell, data_source=str(squares), out=str(tmp_path / "new"))
     assert (
         "shared" not in new.summary
         and (new.path / "splits.csv").is_file()
         and (new.path / "model.safetensors").is_file()
     )
-    assert len(tes.diagnose([cell, alone], out=tmp_path)["pairs"]) == 1
+    assert len(tes.diagnose([cell, alone], data_source=str(squares), out=tmp_path)["pairs"]) == 1
     tes.calibrate(cell)
     assert (cell.path / "calibration.json").is_file()
 
 
-def test_after_calibrate_predict_gives_calibrated_probabilities_and_the_same_labels(copied, squares, cli, tmp_path):
+def test_calibrated_probabilities_come_with_the_same_labels(copied, squares, again, cli, tmp_path):
     run = copied("tes-0")
     files = sorted(squares.rglob("*.png"))[::5]
     before = list(tes.Classifier.from_run(run).predict(files))
@@ -310,7 +348,7 @@ def test_after_calibrate_predict_gives_calibrated_probabilities_and_the_same_lab
     )
     after = list(tes.Classifier.from_run(run).predict(files))
     assert [row.label for row in before] == [row.label for row in after]
-    learner = reopen(run).learner
+    learner = reopen(run, **again).learner
     logits = learner.heads(_features(learner, files))["vision"]
     assert [row.prob for row in after] == pytest.approx(
         (logits / 2).softmax(dim=1).max(dim=1).values.tolist(), abs=1e-4

@@ -65,9 +65,9 @@ def average(
         run: A run or its folder.
         out: The new folder; None: `runs/<data>-<arm>-averaged-<n>`.
         overwrite: Replace the run that stands in `out`.
-        data_source: Where the images are now, if not where they were.
-        backbone: For an own module, its `package.module:factory`, repeated.
-        checkpoint: Where the pre-trained weights are now, if not where they were.
+        data_source: Where the images are: a run folder's word is not enough to open them.
+        backbone: Its name, repeated, where it is an own module or has its weights from the Hub.
+        checkpoint: Where the pre-trained weights are, if they came from a file; likewise.
         network: An own module itself, pre-trained.
 
     Raises:

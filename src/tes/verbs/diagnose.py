@@ -23,10 +23,14 @@ from tes.engine.solve import LinearHead
 from tes.errors import RunError, TesError
 from tes.files import user_path, write_atomic, write_json
 from tes.metrics import confusion_matrix, mean_per_class
-from tes.reopen import Reopened, reopen, section
+from tes.reopen import Reopened, reopen, saved_classes, saved_rows, section
 from tes.run import Run
 
 FORMAT = 1
+FIGURES = (
+    "num_train", "num_test", "cosine_start", "cosine_features", "agreement", "expected_agreement", "accuracy",
+    "accuracy_start", "mean_per_class", "mean_per_class_start", "text", "start_text",
+)  # fmt: skip
 PENALTY = 0.3
 """Of W0 and W0', whatever the run's own: the same question to every run."""
 
@@ -47,10 +51,11 @@ def diagnose(
 
     Args:
         runs: Runs, or their folders.
-        data_source: Where the images are now, if not where they were.
+        data_source: Where the images are: a run folder's word is not enough to open them. None: what the folders
+            alone allow.
         text_encoder: Embeds the class names for runs without a text head; None: the recorded one if it is `minilm`.
-        backbone: For an own module, its `package.module:factory`, repeated.
-        checkpoint: Where the pre-trained weights are now, if not where they were.
+        backbone: Its name, repeated, where it is an own module or has its weights from the Hub.
+        checkpoint: Where the pre-trained weights are, if they came from a file; likewise.
         network: An own module itself, pre-trained.
         out: The folder for the two files; None: the first run's.
 
@@ -70,7 +75,10 @@ def diagnose(
         if not run.summary.get("num_train"):
             raise RunError(f"`{run.path}` was made from 0 shots: nothing was trained, so there is nothing to diagnose.")
     where = {"data_source": data_source, "backbone": backbone, "checkpoint": checkpoint, "network": network}
-    measured = [_measure(name, reopen(run, **where)) for name, run in zip(_names(opened), opened)]
+    measured = [
+        _measure(name, reopen(run, **where)) if data_source is not None else _from_folder(name, run)
+        for name, run in zip(_names(opened), opened)
+    ]
     notes = [note for one in measured for note in one.notes]
     for one in measured:
         notes += _hold_against_text(one, measured, text_encoder)
@@ -106,7 +114,7 @@ class _Measured:
     labels: tuple[str, ...]
     fingerprint: str
     weight_CF: np.ndarray
-    start_CF: np.ndarray
+    start_CF: np.ndarray | None
     text_CD: np.ndarray | None
     names_text: bool
     classes: list
@@ -131,14 +139,7 @@ def _measure(name: str, it: Reopened) -> _Measured:
         notes.append(f"{name}: its backbone was not trained, so W0' is W0 and says nothing of its own.")
     if summary.get("refit") == "all":
         notes.append(f"{name}: it was trained once more on all images, so the test images are no new ones to it.")
-    report = {
-        "run": name,
-        "arm": summary.get("arm"),
-        "arm_objective": objective.get("name"),
-        "uses_text": it.text is not None,
-        "start": summary.get("start"),
-        "train": summary.get("train"),
-        "seed": it.run.settings.get("seed"),
+    report = _told(name, it.run, it.text is not None) | {
         "num_train": len(it.train_indices),
         "num_test": len(test),
         "cosine_start": centred_cosine(weight_CF, start_CF),
@@ -149,8 +150,6 @@ def _measure(name: str, it: Reopened) -> _Measured:
         "accuracy_start": accuracies[1],
         "mean_per_class": _mean_per_class(truth_n, predicted_n, dataset.num_classes),
         "mean_per_class_start": _mean_per_class(truth_n, start_n, dataset.num_classes),
-        "text": None,
-        "start_text": None,
     }
     sha1s = [dataset.sha1s[index] for index in test]
     return _Measured(
@@ -167,6 +166,39 @@ def _measure(name: str, it: Reopened) -> _Measured:
         dict(zip(sha1s, truth_n.tolist())),
         notes,
     )
+
+
+def _from_folder(name: str, run: Run) -> _Measured:
+    """Report what the folder alone allows: how textual the trained classifier is."""
+    weight_CF, rows_CD = saved_rows(run)
+    source = (run.settings.get("data") or {}).get("source")
+    return _Measured(
+        _told(name, run, rows_CD is not None),
+        tuple(str(row["class"]) for row in run.classes),
+        str((run.summary.get("backbone") or {}).get("fingerprint")),
+        weight_CF,
+        None,
+        rows_CD,
+        (run.settings.get("objective") or {}).get("text_rows", "own") == "own",
+        saved_classes(run),
+        section(run, "text", TextConfig),
+        {},
+        {},
+        [f"{name}: all that concerns W0 takes its images: --data {source}."],
+    )
+
+
+def _told(name: str, run: Run, uses_text: bool) -> dict[str, Any]:
+    """Return a report with what the run says of itself, and without a figure yet."""
+    return {
+        "run": name,
+        "arm": run.summary.get("arm"),
+        "arm_objective": (run.settings.get("objective") or {}).get("name"),
+        "uses_text": uses_text,
+        "start": run.summary.get("start"),
+        "train": run.summary.get("train"),
+        "seed": run.settings.get("seed"),
+    } | dict.fromkeys(FIGURES)
 
 
 def _hold_against_text(one: _Measured, everyone: Sequence[_Measured], encoder: str | None) -> list[str]:
@@ -189,7 +221,8 @@ def _hold_against_text(one: _Measured, everyone: Sequence[_Measured], encoder: s
         except TesError as problem:
             return [f"{name}: how textual it is cannot be told: {problem}"]
     one.report["text"] = geometry(one.weight_CF, rows_CD)
-    one.report["start_text"] = geometry(one.start_CF, rows_CD)
+    if one.start_CF is not None:
+        one.report["start_text"] = geometry(one.start_CF, rows_CD)
     if one.report["text"] is None:
         return [f"{name}: how textual it is takes at least 4 classes that differ."]
     return []
