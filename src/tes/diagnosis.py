@@ -125,8 +125,12 @@ def sentence(report: Mapping[str, Any], others: Sequence[Mapping[str, Any]], pai
         if not between or near is None:
             return f"{name}: {told}; how near that is a second seed of `ce` would tell."
         yardstick = float(np.mean(between))
-        verdict = "ends near W0, as the paper says" if near >= yardstick else "does not end near W0"
-        return f"{name}: {verdict}: {told}; with another seed of itself its cosine is {_figure(yardstick)}."
+        verdict = "nearer to W0 than to another seed of itself" if near >= yardstick else "does not end near W0"
+        # Each seed keeps a part of its own random head, which W0 lacks: the yardstick is a low one.
+        return (
+            f"{name}: {verdict}: {told}; with another seed its cosine is {_figure(yardstick)}, which is lowered by what"
+            " each keeps of its own random start."
+        )
     if not report["uses_text"]:
         return f"{name}: {told}; the claim is about `ce` and about text, and this is neither."
     if not plain or near is None:
