@@ -15,6 +15,8 @@ from safetensors.torch import load_file
 import tes
 from tes.config import load_config
 from tes.errors import ConfigError, DataError, RunError, TextError, TrainingError
+from tes.objectives import objectives
+from tes.settle import check_needs
 
 
 @pytest.fixture
@@ -112,6 +114,16 @@ def test_an_option_of_steps_is_refused_where_a_head_is_solved(settings, option):
         with pytest.raises(ConfigError, match=f"`{key}` changes nothing with `train: head`.*add `--train all`"):
             tes.train(settings(objective="ce", train=train, device="cpu").replace(option))
     assert not Path(settings().out).exists()
+
+
+@pytest.mark.parametrize("key", ["augment.mixup", "augment.cutmix"])
+def test_mixed_images_are_refused_to_an_objective_of_two_views(settings, key):
+    class TwoViews(objectives.get("ce")):
+        needs = frozenset({"two_views"})
+
+    check_needs(settings(objective="ce", train="all"), TwoViews)
+    with pytest.raises(ConfigError, match="a mixed image has two"):
+        check_needs(settings(objective="ce", train="all").replace({key: 1.0}), TwoViews)
 
 
 def test_weights_of_zero_equal_ce_step_for_step(settings, tmp_path):

@@ -82,7 +82,7 @@ class Backbone(nn.Module):
         return features_2F.shape[1]
 
     def forward(self, images_B3HW: Tensor) -> Tensor:
-        """Return pooled features (B, F) of uint8 RGB images (B, 3, H, W)."""
+        """Return pooled features (B, F) of RGB images (B, 3, H, W): uint8, or mixed ones of the same range."""
         x_B3HW = (images_B3HW.to(self.mean_3HW.dtype) - self.mean_3HW) / self.std_3HW
         if self._timm_like:
             return self.network.forward_head(self.network.forward_features(x_B3HW), pre_logits=True)

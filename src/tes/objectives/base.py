@@ -85,7 +85,10 @@ class Objective(nn.Module):
         return target_BC
 
     def losses(self, out: ModelOutput, target_BC: Tensor) -> dict[str, Tensor]:
-        """Return the named losses of a batch, each a mean over it, already weighted; training minimises their sum."""
+        """Return the named losses of a batch, each a mean over it, already weighted; training minimises their sum.
+
+        The targets are one-hot, or, where images are mixed, soft.
+        """
         return {"vision_loss": soft_cross_entropy(out.logits_BC, self.reference(out, target_BC))}
 
     def heads(self, out: ModelOutput) -> dict[str, Tensor]:
