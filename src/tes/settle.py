@@ -66,6 +66,11 @@ def check_needs(config: Config, objective_class: type[Objective]) -> None:
             f"The objective `{config.objective.name}` compares images by their class, and a mixed image has two; leave"
             " augment.mixup and augment.cutmix out."
         )
+    if config.optim.accumulate > 1 and "whole_batch" in objective_class.needs:
+        raise ConfigError(
+            f"The objective `{config.objective.name}` looks at a batch as a whole; leave `optim.accumulate` at 1 (a"
+            " smaller optim.batch_size saves memory as well)."
+        )
     if config.train != "head":
         return
     if wanted := [key for key, off in STEPPED.items() if config.value(key) not in off]:
@@ -101,8 +106,11 @@ def settle(
         num_images: How many are trained on; None: those of the split `train`.
 
     Raises:
-        ConfigError: The user asked for a text prior where there can be none, or for 0 shots without one.
+        ConfigError: The user asked for a text prior where there can be none, or for 0 shots without one; or the
+            objective needs a source head and the backbone has none.
     """
+    if "source_head" in objective_class.needs:
+        _check_source_head(config, backbone)
     values: dict[str, Any] = {}
     reasons: list[str] = []
 
@@ -152,6 +160,19 @@ def settle(
     settled = config.replace(values)
     check_needs(settled, objective_class)
     return Settled(settled, Compute(device, precision, memory_format, num_workers), reasons)
+
+
+def _check_source_head(config: Config, backbone: Backbone) -> None:
+    head = backbone.source_head
+    if head is not None and head.weight_SF.shape[1] == backbone.num_features:
+        return
+    found = "have none" if head is None else f"have one for {head.weight_SF.shape[1]} features, not for its"
+    found += "" if head is None else f" {backbone.num_features}"
+    raise ConfigError(
+        f"The objective `{config.objective.name}` trains on the classifier that the backbone was pre-trained with, and"
+        f" the weights of `{backbone.name}` {found}; take weights that bring one (`backbone.source_head` names its"
+        " layer), or another objective."
+    )
 
 
 def _settle_start(

@@ -26,11 +26,11 @@ def dataset(photos):
     return data.load(DataConfig(source=str(photos)))
 
 
-def batches(dataset, num_workers=0, first_step=0, num_steps=5, seed=0, images=IMAGES, augment=None):
+def batches(dataset, num_workers=0, first_step=0, num_steps=5, seed=0, images=IMAGES, augment=None, two_views=False):
     return list(
         train_batches(
             dataset, dataset.indices("train"), images, augment or AugmentConfig(), compute(num_workers),
-            batch_size=10, num_steps=num_steps, seed=seed, first_step=first_step,
+            batch_size=10, num_steps=num_steps, seed=seed, first_step=first_step, two_views=two_views,
         )
     )  # fmt: skip
 
@@ -91,3 +91,23 @@ def test_an_evaluation_sees_every_image_once_in_order(dataset):
     indices = np.arange(len(dataset.paths))
     seen = torch.cat([batch.indices_B for batch in eval_batches(dataset, indices, IMAGES, compute())])
     assert torch.equal(seen, torch.from_numpy(indices))
+
+
+def test_a_second_view_is_another_draw_and_leaves_the_first_as_it_is(dataset):
+    plain, double = batches(dataset, num_steps=3), batches(dataset, num_steps=3, two_views=True)
+    again = batches(dataset, num_steps=3, two_views=True)
+    for one, two, same in zip(plain, double, again, strict=True):
+        assert one.key_images_B3HW is None and torch.equal(one.images_B3HW, two.images_B3HW)
+        assert two.key_images_B3HW.shape == two.images_B3HW.shape
+        assert not torch.equal(two.images_B3HW, two.key_images_B3HW)
+        assert torch.equal(two.key_images_B3HW, same.key_images_B3HW)
+
+
+@pytest.mark.parametrize("two_views", [False, True])
+def test_micro_batches_are_the_batch_in_order(dataset, two_views):
+    (batch,) = batches(dataset, num_steps=1, two_views=two_views)
+    parts = list(batch.split(3))
+    assert [len(part.labels_B) for part in parts] == [4, 3, 3]
+    for name, whole in vars(batch).items():
+        pieces = [getattr(part, name) for part in parts]
+        assert pieces == [None] * 3 if whole is None else torch.equal(torch.cat(pieces), whole)

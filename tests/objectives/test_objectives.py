@@ -8,6 +8,7 @@ import torch
 
 from tes.config import load_config
 from tes.errors import ConfigError
+from tes.models.backbone import SourceHead
 from tes.objectives import objectives, text_objective
 from tes.objectives.base import ModelOutput, ObjectiveContext
 from tes.objectives.static_text import matching_temperature
@@ -25,7 +26,11 @@ def make(name: str, text: np.ndarray | None = None, seed: int = 0, **settings):
     objective = part(settled(name, **settings))
     rows = None if text is None else torch.from_numpy(text)
     start = weights() if "trainable_backbone" in part.needs else None
-    objective.setup(ObjectiveContext(F, C, seed, rows, start_weights=start))
+    source = SourceHead(torch.ones(3, F), torch.zeros(3), None) if "source_head" in part.needs else None
+    objective.setup(ObjectiveContext(F, C, seed, rows, source, start_weights=start))
+    if "pretrained_features" in part.needs:
+        features, target, _ = fixed_features()
+        objective.warm_start(features, target)
     return objective
 
 
@@ -360,11 +365,13 @@ def test_every_objective_keeps_the_contract(name):
     text = text_rows().astype("float32") if "class_text" in objectives.get(name).needs else None
     objective = make(name, text)
     features, logits, target = (torch.from_numpy(x).float() for x in batch())
-    live = weights() if "trainable_backbone" in objective.needs else None
-    out = ModelOutput(features.requires_grad_(), logits.requires_grad_(), live)
+    live = {key: w.float() for key, w in weights().items()} if "trainable_backbone" in objective.needs else None
+    keys = features.flip(1) if "two_views" in objective.needs else None
+    out = ModelOutput(features.requires_grad_(), logits.requires_grad_(), live, keys)
     losses = objective.losses(out, target)
     assert all(torch.isfinite(loss) and loss.ndim == 0 for loss in losses.values())
     sum(losses.values()).backward()
+    objective.after_step()
     assert (logits if objective.default_head == "vision" else features).grad.abs().sum() > 0
     reference = objective.reference(out, target)
     assert torch.allclose(reference.sum(dim=1), torch.ones(B)) and not reference.requires_grad

@@ -440,3 +440,49 @@ def test_a_random_head_gets_a_larger_learning_rate_than_one_that_fits_already(se
         optim = tes.train(settings(**flags)).settings["optim"]
         rates[start] = optim["learning_rate"], optim["head_learning_rate"]
     assert rates["probe"][0] == rates["probe"][1] < rates["random"][0] < rates["random"][1]
+
+
+CLASSICAL = ("bss", "co_tuning", "bi_tuning")
+
+
+@pytest.mark.parametrize(("name", "start"), [("bss", "probe"), ("co_tuning", "random"), ("bi_tuning", "probe")])
+def test_the_classical_objectives_train_and_ship_a_backbone_and_a_head_alone(settings, resnet, name, start):
+    run = tes.train(settings(objective=name, start=start, train="all", optim__num_steps=2, optim__batch_size=8))
+    assert run.summary["status"] == "complete" and set(run.metrics["test"]) == {"vision"}
+    model, before = load_file(run.path / "model.safetensors"), load_file(resnet["backbone.checkpoint"])
+    backbone = {f"backbone.{key}" for key in before if not key.startswith("fc.")}
+    assert model.keys() == backbone | {"head.weight", "head.bias"}  # no copy, queue or source head
+    assert not torch.equal(model["backbone.layer1.0.conv1.weight"], before["layer1.0.conv1.weight"])
+
+
+@pytest.mark.parametrize("name", CLASSICAL)
+def test_the_classical_objectives_are_refused_where_the_head_alone_is_trained(settings, tmp_path, name):
+    for train in ("head", "auto"):
+        with pytest.raises(ConfigError, match=f"`{name}` trains the backbone; use it with `--train all`"):
+            tes.train(settings(objective=name, train=train, device="cpu"))
+    assert not (tmp_path / "run").exists()
+
+
+def test_co_tuning_says_how_it_relates_the_classes_and_is_refused_without_a_source_head(
+    settings, resnet, tmp_path, capsys
+):
+    flags = {"objective": "co_tuning", "train": "all", "optim__num_steps": 1}
+    run = tes.train(settings(**flags))
+    assert run.summary["objective"] == {"num_held_out": 0}
+    assert "p(source class | class): mean source prediction of each class" in capsys.readouterr().err
+    weights = load_file(resnet["backbone.checkpoint"])
+    torch.save({name: tensor for name, tensor in weights.items() if not name.startswith("fc.")}, tmp_path / "bare.pth")
+    with pytest.raises(ConfigError, match="the weights of `resnet18` have none"):
+        tes.train(settings(**flags, backbone__checkpoint=str(tmp_path / "bare.pth"), out=str(tmp_path / "bare")))
+    assert not (tmp_path / "bare").exists()
+
+
+def test_bss_refuses_micro_batches_and_bi_tuning_is_the_same_with_them(settings, tmp_path):
+    flags = {"train": "all", "optim__num_steps": 3, "optim__batch_size": 8, "precision": "fp32"}
+    with pytest.raises(ConfigError, match=r"looks at a batch as a whole; leave `optim.accumulate` at 1"):
+        tes.train(settings(objective="bss", optim__accumulate=2, **flags))
+    weights = []
+    for parts in (1, 2):
+        config = settings(objective="bi_tuning", optim__accumulate=parts, **flags, out=str(tmp_path / str(parts)))
+        weights.append(load_file(tes.train(config).path / "model.safetensors")["backbone.layer1.0.conv1.weight"])
+    assert torch.allclose(*weights, atol=1e-5)

@@ -95,15 +95,17 @@ def fit(
         learner = Learner(backbone, start.head, objective, compute)
         compute.place(learner)
         return Fitted(learner, start, start.trust_C)
+    objective: Objective = objectives.get(config.objective.name)(config.objective)
     features_NF = target_NC = None
+    if config.start != "random" or "pretrained_features" in objective.needs:
+        target_NC = one_hot(torch.from_numpy(dataset.labels[indices]), num_classes)
+        features_NF = given.features(indices)
     if config.start == "random":
         start = Solution(random_head(num_features, num_classes, config.seed))
     else:
-        target_NC = one_hot(torch.from_numpy(dataset.labels[indices]), num_classes)
-        features_NF = given.features(indices)
         start = _once(given.store, _start_key(config, indices), lambda: problem.solve(features_NF, target_NC))
+    if features_NF is not None and target_NC is not None:
         features_NF, target_NC = features_NF.to(compute.device), target_NC.to(compute.device)
-    objective: Objective = objectives.get(config.objective.name)(config.objective)
     learner = Learner(backbone if config.train == "head" else copy.deepcopy(backbone), start.head, objective, compute)
     weights = learner.weights()
     objective.setup(
@@ -183,6 +185,7 @@ def _step(
         batch_size=config.optim.batch_size,
         num_steps=num_steps,
         seed=config.seed,
+        two_views="two_views" in learner.objective.needs,
     )
     batches = mixed(batches, config.augment, dataset.num_classes, learner.compute, seed=config.seed)
 

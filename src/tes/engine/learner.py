@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor, nn
 
 from tes.engine.compute import Compute
 from tes.engine.solve import LinearHead
 from tes.models.backbone import Backbone
-from tes.objectives.base import ModelOutput, Objective
+from tes.objectives.base import ModelOutput, Objective, follow
 
 
 class Learner(nn.Module):
-    """Backbone + head + objective. Only the backbone and the head are shipped."""
+    """Backbone + head + objective. Only the backbone and the head are shipped.
+
+    Attributes:
+        key_backbone: A copy of the backbone that follows it slowly, for objectives that need `two_views`; else None.
+    """
 
     def __init__(self, backbone: Backbone, head: LinearHead, objective: Objective, compute: Compute) -> None:
         super().__init__()
@@ -21,17 +28,39 @@ class Learner(nn.Module):
         self.set_head(head)
         self.objective = objective
         self.compute = compute
+        has_keys = "two_views" in objective.needs
+        self.key_backbone = copy.deepcopy(backbone).requires_grad_(False) if has_keys else None
 
-    def forward(self, images_B3HW: Tensor, target_BC: Tensor) -> dict[str, Tensor]:
-        """Return the objective's losses on a batch."""
+    def forward(
+        self, images_B3HW: Tensor, target_BC: Tensor, key_images_B3HW: Tensor | None = None
+    ) -> dict[str, Tensor]:
+        """Return the objective's losses on a batch; `key_images_B3HW` is its second view."""
+        key_features_BF = None
         with self.compute.autocast():
             features_BF = self.backbone(images_B3HW)
-        return self.objective.losses(self.output(features_BF), target_BC)
+            if self.key_backbone is not None:
+                with torch.no_grad():
+                    key_features_BF = self.key_backbone(key_images_B3HW)
+        return self.objective.losses(self.output(features_BF, key_features_BF), target_BC)
 
-    def output(self, features_BF: Tensor) -> ModelOutput:
+    def output(self, features_BF: Tensor, key_features_BF: Tensor | None = None) -> ModelOutput:
         """Return what the heads read, in float32: half precision is for the backbone alone."""
         features_BF = features_BF.float()
-        return ModelOutput(features_BF, self.head(features_BF), self.weights())
+        key_features_BF = None if key_features_BF is None else key_features_BF.float()
+        return ModelOutput(features_BF, self.head(features_BF), self.weights(), key_features_BF)
+
+    def after_step(self) -> None:
+        """Let what follows the weights follow them: the backbone's copy, and what the objective keeps."""
+        if self.key_backbone is not None:
+            follow(self.key_backbone, self.backbone, self.objective.key_momentum)
+        with torch.no_grad():
+            self.objective.after_step()
+
+    def batch_norms(self) -> Iterator[nn.Module]:
+        """Yield the batch norms of the backbone and of its copy; the objective's own are not pre-trained."""
+        for backbone in (self.backbone, self.key_backbone):
+            if backbone is not None:
+                yield from (m for m in backbone.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm))
 
     def weights(self) -> dict[str, Tensor] | None:
         """Return the weights in training by their names in model.safetensors, if the objective asks for them."""

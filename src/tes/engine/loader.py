@@ -1,7 +1,7 @@
 """From images on disk to batches: the same batch at the same (seed, epoch, step), whatever the workers.
 
-Sample order is a function of (seed, epoch), an image's augmentation of (seed, epoch, index). Batches are uint8; the
-backbone normalises on the device. Shapes: B batch, N images, H = W = size.
+Sample order is a function of (seed, epoch), an image's augmentation of (seed, epoch, index, view). Batches are uint8;
+the backbone normalises on the device. Shapes: B batch, N images, H = W = size.
 """
 
 from __future__ import annotations
@@ -30,12 +30,22 @@ SMALL_IMAGES = 64
 
 @dataclass(frozen=True)
 class Batch:
-    """`indices_B` into the data set, uint8 RGB images, and the classes' indices; once mixed (mix.py), soft targets."""
+    """`indices_B` into the data set, uint8 RGB images, and the classes' indices.
+
+    Once mixed (mix.py), also soft targets; for two views, the images drawn again.
+    """
 
     indices_B: Tensor
     images_B3HW: Tensor
     labels_B: Tensor
     target_BC: Tensor | None = None
+    key_images_B3HW: Tensor | None = None
+
+    def split(self, num_parts: int) -> Iterator[Batch]:
+        """Yield the micro-batches."""
+        parts = [None if x is None else x.tensor_split(num_parts) for x in vars(self).values()]
+        for k in range(num_parts):
+            yield Batch(*(None if part is None else part[k] for part in parts))
 
 
 def eval_transform(images: ImageSettings) -> Callable[[Image.Image], Tensor]:
@@ -97,10 +107,11 @@ def train_batches(
     num_steps: int,
     seed: int,
     first_step: int = 0,
+    two_views: bool = False,
 ) -> Iterator[Batch]:
-    """Yield the augmented batches of steps `first_step` to `num_steps`."""
+    """Yield the augmented batches of steps `first_step` to `num_steps`; a second view leaves the first as it is."""
     cache_side = 2 * images.size if compute.num_workers == 0 else None
-    reader = _Reader(dataset, train_transform(images, augment), seed, cache_side)
+    reader = _Reader(dataset, train_transform(images, augment), seed, cache_side, num_views=2 if two_views else 1)
     steps = order(indices, batch_size, num_steps, seed)
     yield from _load(reader, itertools.islice(steps, first_step, None), compute)
 
@@ -127,21 +138,27 @@ def steps_per_epoch(num_images: int, batch_size: int) -> int:
 
 
 class _Reader(torch.utils.data.Dataset):
-    """Reads image `index` for `epoch`; draws its augmentation from a generator seeded by (seed, epoch, index)."""
+    """Reads image `index` for `epoch`; draws its views from generators seeded by (seed, epoch, index, view)."""
 
-    def __init__(self, dataset: Dataset, transform: Callable, seed: int | None, cache_side: int | None) -> None:
-        self.dataset, self.transform, self.seed = dataset, transform, seed
+    def __init__(
+        self, dataset: Dataset, transform: Callable, seed: int | None, cache_side: int | None, num_views: int = 1
+    ) -> None:
+        self.dataset, self.transform, self.seed, self.num_views = dataset, transform, seed, num_views
         self.cache_side, self.cache, self.room = cache_side, {}, CACHE_BYTES
 
-    def __getitem__(self, position: tuple[int, int]) -> tuple[int, Tensor, int]:
+    def __getitem__(self, position: tuple[int, int]) -> tuple[int, int, list[Tensor]]:
         epoch, index = position
         image = self._image(index)
+        views = [self._view(image, epoch, index, view) for view in range(self.num_views)]
+        return index, int(self.dataset.labels[index]), views
+
+    def _view(self, image: Image.Image, epoch: int, index: int, view: int) -> Tensor:
         if self.seed is None:
-            return index, self.transform(image), int(self.dataset.labels[index])
+            return self.transform(image)
+        key = f"{self.seed}:{epoch}:{index}" + (f":{view}" if view else "")
         with torch.random.fork_rng(devices=[]):
-            digest = hashlib.blake2b(f"{self.seed}:{epoch}:{index}".encode(), digest_size=8).digest()
-            torch.manual_seed(int.from_bytes(digest))
-            return index, self.transform(image), int(self.dataset.labels[index])
+            torch.manual_seed(int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8).digest()))
+            return self.transform(image)
 
     def _image(self, index: int) -> Image.Image:
         if self.cache_side is None:
@@ -173,9 +190,10 @@ def _load(reader: _Reader, batches: Iterable[list[tuple[int, int]]], compute: Co
     yield from loader
 
 
-def _collate(samples: list[tuple[int, Tensor, int]]) -> Batch:
-    indices, images, labels = zip(*samples)
-    return Batch(torch.tensor(indices), torch.stack(images), torch.tensor(labels))
+def _collate(samples: list[tuple[int, int, list[Tensor]]]) -> Batch:
+    indices, labels, views = zip(*samples)
+    images, *key_images = (torch.stack(view) for view in zip(*views))
+    return Batch(torch.tensor(indices), images, torch.tensor(labels), *key_images)
 
 
 def _mode(images: ImageSettings):

@@ -7,7 +7,7 @@ from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from tes import console
 from tes.config import OptimConfig
@@ -41,17 +41,19 @@ def train_step(
     """Take one step on one batch and return its losses, each a mean over the batch."""
     total: dict[str, Tensor] = {}
     num_parts = max(1, min(accumulate, len(batch.labels_B) // 2))  # a part of one image breaks batch norm
-    target_BC = one_hot(batch.labels_B, learner.head.out_features) if batch.target_BC is None else batch.target_BC
-    parts = zip(batch.images_B3HW.tensor_split(num_parts), target_BC.tensor_split(num_parts))
-    for images, targets in parts:
-        losses = learner(learner.compute.images(images), targets.to(learner.compute.device))
-        share = len(images) / len(batch.images_B3HW)  # backward() sums gradients; the shares make them a mean
+    place = learner.compute.images
+    for part in batch.split(num_parts):
+        target_BC = one_hot(part.labels_B, learner.head.out_features) if part.target_BC is None else part.target_BC
+        key_images = None if part.key_images_B3HW is None else place(part.key_images_B3HW)
+        losses = learner(place(part.images_B3HW), target_BC.to(learner.compute.device), key_images)
+        share = len(part.labels_B) / len(batch.labels_B)  # backward() sums gradients; the shares make them a mean
         (share * sum(losses.values())).backward()
         for name, loss in losses.items():
             total[name] = total.get(name, 0) + share * loss.detach()
     if clip_norm is not None:
         torch.nn.utils.clip_grad_norm_(learner.parameters(), clip_norm)
     optimizer.step()
+    learner.after_step()
     schedule.step()
     optimizer.zero_grad(set_to_none=True)
     return total
@@ -112,9 +114,8 @@ def to_train_mode(learner: Learner, freeze_norms: bool | None) -> None:
     """Put everything in train mode but the batch norms that stay at their pre-trained statistics."""
     learner.train()
     if freeze_norms:
-        for module in learner.backbone.modules():
-            if isinstance(module, nn.modules.batchnorm._BatchNorm):
-                module.eval()
+        for norm in learner.batch_norms():
+            norm.eval()
 
 
 def _mean_losses(pending: list[StepLosses], path_of: Callable[[int], str]) -> dict[str, float]:

@@ -5,6 +5,7 @@ Shapes: B batch, N images, C classes, F features of the backbone, D dimensions o
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping, MutableMapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
@@ -22,12 +23,15 @@ class ModelOutput:
     """What the network says about a batch: the pooled feature that every head reads, and the vision head's logits.
 
     `weights` are the live weights in training, `backbone.*`, `head.weight`, `head.bias`, without frozen ones and
-    buffers; None unless the objective `needs` a `trainable_backbone`.
+    buffers; None unless the objective `needs` a `trainable_backbone`. `key_features_BF` are the features of a second
+    view of the same images under a slowly moving copy of the backbone, without a gradient; None unless it `needs`
+    `two_views`.
     """
 
     features_BF: Tensor
     logits_BC: Tensor
     weights: Mapping[str, Tensor] | None = None
+    key_features_BF: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -35,9 +39,9 @@ class ObjectiveContext:
     """What an objective may build on. Plain tensors: it never sees a loader, a file or the training loop.
 
     `features_NF` and `target_NC` are the training images' pre-trained features and labels; None from a random start,
-    where nobody has computed them. `store` holds what one objective has solved and another can use, by a hash of all
-    that it depends on; it lives as long as the comparison. `start_weights` are copies of `ModelOutput.weights` as
-    training begins, None where those are.
+    where nobody has computed them, unless the objective `needs` `pretrained_features`. `store` holds what one objective
+    has solved and another can use, by a hash of all that it depends on; it lives as long as the comparison.
+    `start_weights` are copies of `ModelOutput.weights` as training begins, None where those are.
     """
 
     num_features: int
@@ -60,10 +64,13 @@ class Objective(nn.Module):
 
     Config: ClassVar[type[ObjectiveConfig]]
     needs: ClassVar[frozenset[str]] = frozenset()
-    """Of `class_text`, `frozen_teacher`, `source_head`, `trainable_backbone`, `two_views`; checked before loading."""
+    """Of `class_text`, `frozen_teacher`, `pretrained_features`, `source_head`, `trainable_backbone`, `two_views`, and
+    `whole_batch` (no micro-batches); checked before training."""
     default_head: ClassVar[str] = "vision"
     default_start: ClassVar[str] = "probe"
     citation: ClassVar[str] = ""
+    key_momentum: float = 0.999
+    """With `two_views`: the share of its weights that the slowly moving copy of the backbone keeps at a step."""
 
     def __init__(self, config: ObjectiveConfig) -> None:
         super().__init__()
@@ -77,7 +84,7 @@ class Objective(nn.Module):
         return {}
 
     def warm_start(self, features_NF: Tensor, target_NC: Tensor) -> dict[str, float]:
-        """Prepare own parameters on the pre-trained features before the whole network is trained from a fitted head."""
+        """Prepare on the pre-trained features, where there are any, for training the whole network; return figures."""
         return {}
 
     def reference(self, out: ModelOutput, target_BC: Tensor) -> Tensor:
@@ -91,6 +98,9 @@ class Objective(nn.Module):
         """
         return {"vision_loss": soft_cross_entropy(out.logits_BC, self.reference(out, target_BC))}
 
+    def after_step(self) -> None:
+        """Follow up on a step of the optimiser, once per batch; called without a gradient."""
+
     def heads(self, out: ModelOutput) -> dict[str, Tensor]:
         """Return the logits (B, C) of every classifier that the network has, by name; `default_head` is shipped."""
         return {"vision": out.logits_BC}
@@ -98,5 +108,25 @@ class Objective(nn.Module):
 
 def soft_cross_entropy(logits_BC: Tensor, reference_BC: Tensor) -> Tensor:
     """Return the mean over the batch of -sum_c reference_c log softmax(logits)_c, computed in float32 or wider."""
-    wide = logits_BC if logits_BC.dtype == torch.float64 else logits_BC.float()
-    return -(reference_BC * F.log_softmax(wide, dim=1)).sum(dim=1).mean()
+    return -(reference_BC * F.log_softmax(widened(logits_BC), dim=1)).sum(dim=1).mean()
+
+
+def widened(x: Tensor) -> Tensor:
+    """Return a tensor in float32, or as it is if it is wider."""
+    return x if x.dtype == torch.float64 else x.float()
+
+
+def content_hash(*tensors: Tensor, settings: Mapping[str, Any]) -> str:
+    """Return a SHA-256 of tensors and settings: a key for `ObjectiveContext.store`."""
+    digest = hashlib.sha256(repr(sorted(settings.items())).encode())
+    for tensor in tensors:
+        digest.update(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().contiguous().numpy())
+    return digest.hexdigest()
+
+
+@torch.no_grad()
+def follow(slow: nn.Module, live: nn.Module, momentum: float) -> None:
+    """Move a copy's parameters towards those of the module it was copied from: θ_k ← m θ_k + (1 - m) θ."""
+    for behind, ahead in zip(slow.parameters(), live.parameters(), strict=True):
+        behind.lerp_(ahead, 1 - momentum)

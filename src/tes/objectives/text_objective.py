@@ -5,7 +5,6 @@ Shapes: N images, C classes, F features, D dimensions of the text embedding.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping
 from typing import Annotated, ClassVar, Literal
 
@@ -15,7 +14,7 @@ from pydantic import Field
 from torch import Tensor
 
 from tes.config import ObjectiveConfig, Range
-from tes.objectives.base import Objective, ObjectiveContext
+from tes.objectives.base import Objective, ObjectiveContext, content_hash
 from tes.objectives.text_head import TextHead, fit_text_head
 from tes.text.controls import derangement
 
@@ -64,7 +63,7 @@ class TextObjective(Objective):
             "fit_penalty": self.config.fit_penalty,
             "seed": self.seed,
         }
-        key = f"text_head {_content_hash(features_NF, target_NC, self.rows_CD, settings=settings)}"
+        key = f"text_head {content_hash(features_NF, target_NC, self.rows_CD, settings=settings)}"
         if key not in self.store:
             head = fit_text_head(features_NF, target_NC, self.rows_CD, **settings)
             self.store[key] = {name: tensor.cpu() for name, tensor in head.state_dict().items()}
@@ -81,11 +80,3 @@ def class_rows(class_text_CD: Tensor, which: str, seed: int) -> Tensor:
         rows = np.random.default_rng(seed).standard_normal(class_text_CD.shape)
         return torch.from_numpy(rows / np.linalg.norm(rows, axis=1, keepdims=True)).to(class_text_CD)
     return class_text_CD
-
-
-def _content_hash(*tensors: Tensor, settings: dict[str, float]) -> str:
-    digest = hashlib.sha256(repr(sorted(settings.items())).encode())
-    for tensor in tensors:
-        digest.update(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.detach().cpu().contiguous().numpy())
-    return digest.hexdigest()
