@@ -33,7 +33,7 @@ def learner(resnet):
 def one_step(learner: Learner, freeze_norms: bool) -> Batch:
     draw = torch.Generator().manual_seed(0)
     images, keys = (torch.randint(256, (6, 3, 32, 32), generator=draw, dtype=torch.uint8) for _ in range(2))
-    batch = Batch(torch.arange(6), images, torch.tensor([0, 1, 1, 2, 2, 2]), keys)
+    batch = Batch(torch.arange(6), images, torch.tensor([0, 1, 1, 2, 2, 2]), key_images_B3HW=keys)
     config = OptimConfig(name="sgd", learning_rate=0.1, head_learning_rate=0.1)
     optimizer = build_optimizer(learner, config)
     to_train_mode(learner, freeze_norms)

@@ -192,8 +192,8 @@ def _load(reader: _Reader, batches: Iterable[list[tuple[int, int]]], compute: Co
 
 def _collate(samples: list[tuple[int, int, list[Tensor]]]) -> Batch:
     indices, labels, views = zip(*samples)
-    images, *key_images = (torch.stack(view) for view in zip(*views))
-    return Batch(torch.tensor(indices), images, torch.tensor(labels), *key_images)
+    images, *more = (torch.stack(view) for view in zip(*views))
+    return Batch(torch.tensor(indices), images, torch.tensor(labels), key_images_B3HW=more[0] if more else None)
 
 
 def _mode(images: ImageSettings):
