@@ -1,9 +1,12 @@
-"""All weights trained, MobileNetV1 x 0.25 at 112 px: the table in LOG.md, five arms on four data settings.
+"""All weights trained, MobileNetV1 x 0.25 at 112 px: the table in LOG.md, arms on four data settings.
 
     python benchmarks/full_finetuning.py SHARED flowers.csv OUT [--seeds 3] [--first-seed 0]
+    python benchmarks/full_finetuning.py SHARED flowers.csv OUT --only caltech101-4 --arms ce,tes,bss,co_tuning,bi_tuning
+    python benchmarks/full_finetuning.py SHARED flowers.csv OUT-mixup --arms ce,tes --seeds 1 --set augment.mixup=0.2
 
 SHARED holds `data/caltech101`, `data/grocerystore` and `weights/mobilenetv1_025.imagenet.safetensors`; flowers.csv
-comes from flowers_csv.py. Every setting is a comparison in OUT and is continued when this is started again.
+comes from flowers_csv.py. Every setting is a comparison in OUT and is continued when this is started again; other
+`--set` need another OUT.
 """
 
 from __future__ import annotations
@@ -13,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
-from tes.verbs.compare import compare
+from tes.verbs.compare import Settings, compare
 
 ARMS = ("ce", "ce+probe+prior", "tes@paper+random", "ce+random", "tes")
 
@@ -25,6 +28,8 @@ def main() -> None:
     parser.add_argument("out", type=Path)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--first-seed", type=int, default=0)
+    parser.add_argument("--arms", default=",".join(ARMS))
+    parser.add_argument("--set", action="append", default=[], dest="assignments")
     parser.add_argument("--only", help="one of caltech101-4, flowers-4, flowers-all, grocery-all")
     arguments = parser.parse_args()
     data = {
@@ -47,7 +52,8 @@ def main() -> None:
         if arguments.only not in (None, name):
             continue
         comparison = compare(
-            flags | {"data.source": str(source)}, ARMS, shots=[shots], num_seeds=arguments.seeds,
+            Settings(flags=flags | {"data.source": str(source)}, assignments=arguments.assignments),
+            arguments.arms.split(","), shots=[shots], num_seeds=arguments.seeds,
             first_seed=arguments.first_seed, controls=False, out=str(arguments.out / name),
         )  # fmt: skip
         for arm, entry in comparison.summary["arms"].items():
