@@ -1,7 +1,7 @@
 """All weights trained, MobileNetV1 x 0.25 at 112 px: the table in LOG.md, arms on four data settings.
 
     python benchmarks/full_finetuning.py SHARED flowers.csv OUT [--seeds 3] [--first-seed 0]
-    python benchmarks/full_finetuning.py SHARED flowers.csv OUT --only caltech101-4 --arms ce,tes,bss,co_tuning,bi_tuning
+    python benchmarks/full_finetuning.py SHARED flowers.csv OUT --only caltech101-4 --arms ce,tes,bss
     python benchmarks/full_finetuning.py SHARED flowers.csv OUT-mixup --arms ce,tes --seeds 1 --set augment.mixup=0.2
 
 SHARED holds `data/caltech101`, `data/grocerystore` and `weights/mobilenetv1_025.imagenet.safetensors`; flowers.csv
