@@ -31,6 +31,7 @@ _WHERE = {
     "evaluate": "tes.verbs.evaluate",
     "load_config": "tes.config",
     "register": "tes.catalogue",
+    "report": "tes.verbs.report",
     "train": "tes.verbs.train",
 }
 __all__ = sorted(_WHERE)

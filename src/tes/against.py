@@ -17,7 +17,7 @@ from tes.loaded import Loaded
 from tes.metrics import PRIMARY_METRIC, evaluate_split, image_losses
 from tes.objectives import objectives
 from tes.settle import settle
-from tes.statistics import Answers, bootstrap_images
+from tes.statistics import Answers, bootstrap_images, judged
 
 
 def against_ce(
@@ -66,16 +66,12 @@ def render(arm: str, against: dict[str, Any]) -> str:
     spread = f" ± {error:.3f}" if error is not None else ""
     return (
         f"`{arm}` against plain fine-tuning (`ce`) on {against['num_samples']} validation images:"
-        f" {100 * against['difference']:+.1f} points mean per class{sure}: {_judged(*(interval or (-1, 1)))};"
+        f" {100 * against['difference']:+.1f} points mean per class{sure}: {judged(*(interval or (-1, 1)))};"
         f" NLL {against['nll_difference']:+.3f}{spread}: {_judged_nll(against['nll_difference'], error)}."
         " One draw; `tes compare` tells how sure."
     )
 
 
-def _judged(low: float, high: float) -> str:
-    return "better here" if low > 0 else "worse here" if high < 0 else "no difference that these images can show"
-
-
 def _judged_nll(difference: float, error: float | None) -> str:
     margin = float("inf") if error is None else 2 * error
-    return _judged(-difference - margin, -difference + margin)
+    return judged(-difference - margin, -difference + margin)

@@ -160,6 +160,7 @@ def train(
     own = f" --backbone {settings.backbone.name}" if ":" in settings.backbone.name else ""
     print("next:")
     print(f"  tes predict {run.path} PHOTO_OR_FOLDER{own}   # classify new images, no text needed")
+    print(f"  tes report {run.path}   # a page with all of this, and the labels that the model doubts")
     print(f"  tes evaluate {run.path} --data OTHER_FOLDER{own}   # score it on other labelled images")
     print(f"  tes compare {settings.data.source} --arms ce,tes --seeds 10{_same_data(settings)}   # does text help?")
 
@@ -428,6 +429,22 @@ def compare(
     print(json.dumps(comparison.summary, ensure_ascii=False) if as_json else render(comparison.summary))
     if not as_json:
         print(f"\ncomparison: {comparison.path} (table.csv, summary.json, and a run folder for each cell)")
+        print(f"next: tes report {comparison.path}")
+
+
+@app.command()
+def report(
+    folder: Annotated[Path, typer.Argument(metavar="RUN|COMPARISON", help="What `tes train` or `tes compare` wrote.")],
+    out: Annotated[
+        str | None, typer.Option(metavar="FILE", help="The page; default: report.html in the folder.")
+    ] = None,
+    data: Annotated[str | None, typer.Option(help="The photos, for more pictures than the folder keeps.")] = None,
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+) -> None:
+    """Write a page to look at and to send on: one HTML file, no network; and a run's doubted labels as CSV."""
+    from tes.verbs.report import report as write_report
+
+    print(f"report: {write_report(folder, out=out, data=data)}")
 
 
 @app.command("list")

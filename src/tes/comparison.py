@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 
+from tes.data.source import counted
 from tes.errors import RunError
 from tes.files import read_json, write_atomic, write_json
 from tes.run import Run
@@ -295,7 +296,8 @@ def read_plan(folder: Path) -> Plan:
             raise RunError(f"`{folder}` has format {stored['format']!r}; this version reads format {FORMAT}.")
         lists = {name: tuple(stored[name]) for name in ("arms", "added", "shots", "seeds", "single")}
         others = {name: stored[name] for name in ("protocol", "split", "num_trials")}
-        others |= {name: dict(stored[name]) for name in ("starts", "settings", "objectives", "skipped")}
+        others |= {name: dict(stored[name]) for name in ("starts", "settings", "skipped")}
+        others["objectives"] = dict(stored.get("objectives", {}))  # plans of the first days have none
     except (KeyError, TypeError, ValueError):
         raise RunError(f"`{folder / 'compare.json'}` is not the plan of a comparison.") from None
     return Plan(**lists, **others)
@@ -427,7 +429,7 @@ def _notes(comparison: Comparison) -> list[str]:
     notes = []
     for shots in plan.shots:
         run = comparison.run(shots, plan.seeds[0], plan.arms[0])
-        named = f"{shots} shots" if shots.isdecimal() else f"`{shots}`"
+        named = counted(int(shots), "shot") if shots.isdecimal() else f"`{shots}`"
         labels = run.summary["num_train"] + run.summary["num_val"]
         uses = f"{run.summary['num_train']} to train on, {run.summary['num_val']} to choose with"
         notes.append(f"Labels used at {named}: {labels} ({uses}), the same for every arm.")

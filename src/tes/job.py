@@ -24,6 +24,7 @@ from tes.engine.scoring import out_of_fold, predict
 from tes.files import append_jsonl, write_atomic, write_json
 from tes.loaded import Loaded
 from tes.metrics import PRIMARY_METRIC, evaluate_split, image_losses
+from tes.mistakes import worth_showing
 from tes.objectives import objectives
 from tes.objectives.base import Objective
 from tes.predictions import Predictions
@@ -129,14 +130,15 @@ def run_job(
     kept: dict[str, str] = {}
     if shared is None:
         run_writer.write_splits(folder / "splits.csv", dataset)
-        run_writer.write_thumbnails(folder / "thumbnails", dataset)
     else:
         draw = (config.data.shots, config.data.fraction, config.seed)
         kept["splits.csv"] = shared.keep("splits.csv", draw, lambda path: run_writer.write_splits(path, dataset))
     on_ready()
     log = partial(append_jsonl, folder / "metrics.jsonl")
+    said: dict[str, Predictions] = {}
     if shared is None and config.start != "random" and len(train):
-        run_writer.write_out_of_fold(folder, out_of_fold(config, given))
+        said["train"] = out_of_fold(config, given)
+        run_writer.write_out_of_fold(folder, said["train"])
     coarse = run_writer.coarse_names(dataset)
 
     def score(learner: Learner) -> dict[str, Any]:
@@ -162,9 +164,12 @@ def run_job(
     frozen = features if config.train == "head" else None
     metrics: dict[str, Any] = {}
     for split, indices in protocol.scored(dataset, config.data).items():
-        predictions = predict(fitted.learner, dataset, indices, frozen)
-        metrics[split] = run_writer.write_predictions(folder, split, predictions, dataset)
+        said[split] = predict(fitted.learner, dataset, indices, frozen)
+        metrics[split] = run_writer.write_predictions(folder, split, said[split], dataset)
         log({"split": split, "step": config.optim.num_steps or 0, "heads": metrics[split]})
+    if shared is None:
+        head = fitted.learner.objective.default_head
+        run_writer.write_thumbnails(folder / "thumbnails", dataset, worth_showing(said, head))
 
     # What is shipped.
     if config.refit != "none":

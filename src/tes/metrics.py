@@ -9,6 +9,7 @@ from __future__ import annotations
 import csv
 import io
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -151,14 +152,35 @@ def expected_calibration_error(p_NC: np.ndarray, labels: np.ndarray, num_bins: i
         labels: (n,) int64.
         num_bins: Number of bins.
     """
+    confidence_N = p_NC.max(axis=1)
+    bins = calibration_bins(confidence_N, p_NC.argmax(axis=1) == labels, num_bins)
+    return float(np.sum(bins.num * np.abs(bins.accuracy - bins.confidence)) / len(labels))
+
+
+@dataclass(frozen=True)
+class CalibrationBins:
+    """Images by confidence: (K,) each; of an empty bin, accuracy and confidence are 0."""
+
+    num: np.ndarray
+    accuracy: np.ndarray
+    confidence: np.ndarray
+
+
+def calibration_bins(confidence_N: np.ndarray, is_correct_N: np.ndarray, num_bins: int = NUM_BINS) -> CalibrationBins:
+    """Return what a reliability diagram shows: accuracy and mean confidence of images of like confidence.
+
+    Args:
+        confidence_N: The top probabilities, (n,).
+        is_correct_N: (n,) bool.
+        num_bins: Number of bins, equally wide.
+    """
     inner_edges = np.linspace(0, 1, num_bins + 1)[1:-1]
-    confidence = p_NC.max(axis=1)
-    surplus = (p_NC.argmax(axis=1) == labels) - confidence
-    # |accuracy - confidence| times the number of images is the absolute value of the bin's summed surplus.
     # A confidence on an edge (1/3, 1/5: an untrained head) must not fall on either side of it by rounding.
-    bins = np.digitize(confidence - 1e-9, inner_edges, right=True)
-    per_bin = np.bincount(bins, weights=surplus, minlength=num_bins)
-    return float(np.abs(per_bin).sum() / len(labels))
+    bins = np.digitize(confidence_N - 1e-9, inner_edges, right=True)
+    num = np.bincount(bins, minlength=num_bins)
+    sums = [np.bincount(bins, weights=values, minlength=num_bins) for values in (is_correct_N, confidence_N)]
+    accuracy, confidence = (total / np.maximum(num, 1) for total in sums)
+    return CalibrationBins(num, accuracy, confidence)
 
 
 def per_class_table(

@@ -3,7 +3,7 @@
 run.json (written last)  config.yaml  env.json  classes.json  metrics.jsonl  timing.jsonl  splits.csv
 predictions/{train,val,test}.npz  per_class_{val,test}.csv  model.safetensors  preprocess.json
 text_head.safetensors  start_head.safetensors  thumbnails/  README.md
-later: calibration.json (`tes calibrate`)  diagnosis.{json,svg} (`tes diagnose`)
+later: calibration.json (`tes calibrate`)  diagnosis.{json,svg} (`tes diagnose`)  report.html  doubts.csv (`tes report`)
 
 A cell of a comparison leaves out what all cells share: run.json names those files (`shared`), by content, and they lie
 once in the comparison's folder `shared/`. `Run.file` finds a file wherever it is.
@@ -32,7 +32,7 @@ CONTENTS = frozenset(
     {"run.json", "config.yaml", "env.json", "classes.json", "metrics.jsonl", "timing.jsonl", "splits.csv", "README.md"}
     | {"predictions", "per_class_val.csv", "per_class_test.csv", "thumbnails", "preprocess.json"}
     | {"model.safetensors", "text_head.safetensors", "start_head.safetensors", "head.safetensors"}
-    | {"calibration.json", "diagnosis.json", "diagnosis.svg"}
+    | {"calibration.json", "diagnosis.json", "diagnosis.svg", "report.html", "doubts.csv"}
 )
 """All that a run folder holds: a folder with anything else in it is never replaced."""
 

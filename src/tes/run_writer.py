@@ -7,6 +7,7 @@ import hashlib
 import io
 import os
 import platform
+import shutil
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
@@ -24,7 +25,7 @@ from tes.config import Config
 from tes.data.dataset import Dataset
 from tes.engine.fit import Fitted
 from tes.engine.solve import LinearHead
-from tes.errors import RunError
+from tes.errors import DataError, RunError
 from tes.files import replacing, sha256_file, write_atomic, write_json
 from tes.metrics import evaluate_split, write_per_class_csv
 from tes.models.image_settings import ImageSettings
@@ -213,10 +214,16 @@ def _save_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
             raise RunError(f"`{path}` cannot be written: {problem}.") from None
 
 
-def write_thumbnails(folder: Path, dataset: Dataset, with_test: bool = True) -> None:
-    """Keep small copies of up to 200 images, spread over the classes, for reports that lack the data.
+def write_thumbnails(folder: Path, dataset: Dataset, wanted: Sequence[str], with_test: bool = True) -> None:
+    """Keep small copies of up to 200 images for reports that lack the data: the wanted ones, then some of each class.
 
-    The folder appears when all are written.
+    The folder appears when all are written, in place of an older one.
+
+    Args:
+        folder: Where they go, `<sha1>.jpg`.
+        dataset: Reads the images.
+        wanted: Paths, the most wanted first.
+        with_test: Whether images of the test split may be among them.
     """
     order = {"test": 0, "val": 1, "train": 2, "unused": 3}
     usable = np.ones(len(dataset.labels), dtype=bool) if with_test else dataset.splits != "test"
@@ -227,13 +234,20 @@ def write_thumbnails(folder: Path, dataset: Dataset, with_test: bool = True) -> 
         )
         for label in range(dataset.num_classes)
     ]
-    rounds = [members[k] for k in range(max(map(len, by_class))) for members in by_class if k < len(members)]
+    spread = [members[k] for k in range(max(map(len, by_class))) for members in by_class if k < len(members)]
+    index_of = {path: index for index, path in enumerate(dataset.paths)}
+    first = [index_of[path] for path in wanted if usable[index_of[path]]]
+    chosen = list(dict.fromkeys([*first, *spread]))[:MAX_THUMBNAILS]
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".", dir=folder.parent) as scratch:
         written = Path(scratch) / folder.name
         written.mkdir()
-        for index in rounds[:MAX_THUMBNAILS]:
-            image = dataset.read_image(int(index))
+        for index in chosen:
+            try:
+                image = dataset.read_image(int(index))
+            except DataError:  # gone since it was trained on: no reason to lose the training
+                continue
             image.thumbnail((THUMBNAIL_SIDE, THUMBNAIL_SIDE))
             image.save(written / f"{dataset.sha1s[index]}.jpg", quality=80)
+        shutil.rmtree(folder, ignore_errors=True)
         written.replace(folder)

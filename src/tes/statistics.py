@@ -315,6 +315,11 @@ def sentence(
     return "; ".join(clauses)
 
 
+def judged(low: float, high: float) -> str:
+    """Say what the ends of one draw's interval allow to say; an effect over seeds has a `verdict` of its own."""
+    return "better here" if low > 0 else "worse here" if high < 0 else "no difference that these images can show"
+
+
 def _points(fraction: float) -> str:
     """Return "+2.1", "-0.3" or "0.0"."""
     points = round(100 * fraction, 1)

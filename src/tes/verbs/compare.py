@@ -19,6 +19,7 @@ from tes.errors import ConfigError, DataError, RunError, TesError, listing
 from tes.files import sha256_text, user_path
 from tes.job import Protocol, run_job
 from tes.loaded import Loaded
+from tes.mistakes import often_wrong
 from tes.objectives import objectives
 from tes.objectives.base import Objective
 from tes.run import Run, refuse_out_among_images
@@ -131,8 +132,6 @@ def compare(
         console.warn(f"{shot} shots are left out: {why}")
     _continue_or_start(folder, plan)
     shared = Shared(folder / "shared")
-    if not (folder / "shared" / "thumbnails").is_dir():
-        write_thumbnails(folder / "shared" / "thumbnails", loaded.dataset, with_test=split == "test")
     cells = plan.cells()
     missing = [cell for cell in cells if not _is_done(cell_folder(folder, *cell), split)]
     if missing and len(missing) < len(cells):
@@ -153,6 +152,12 @@ def compare(
             run_job(config, loaded, cell, protocol=how, store=store, shared=shared, against=False)
             progress.advance(1)
     comparison = Comparison(folder, plan)
+    thumbnails = folder / "shared" / "thumbnails"
+    if missing or not thumbnails.is_dir():
+        # At the most shots: those mistakes are the ones that more labels do not cure.
+        runs = [comparison.run(plan.shots[-1], seed, arm) for seed in plan.seeds for arm in plan.arms]
+        wanted = often_wrong((run.predictions(split), run.summary["default_head"]) for run in runs)
+        write_thumbnails(thumbnails, loaded.dataset, wanted, with_test=split == "test")
     write_results(comparison)
     return comparison
 

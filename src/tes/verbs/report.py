@@ -1,0 +1,122 @@
+"""The job of `tes report`: a page of a run or a comparison, and, of a run, the table of doubted labels beside it."""
+
+from __future__ import annotations
+
+import csv
+import io
+from pathlib import Path
+
+from tes import console
+from tes.comparison import Comparison
+from tes.data.source import LocalSource, open_source
+from tes.errors import RunError, did_you_mean
+from tes.files import user_path, write_atomic
+from tes.page import comparison_page, run_page
+from tes.page.comparison_page import Findings as ComparisonFindings
+from tes.page.run_page import Findings, headline
+from tes.run import Run
+
+PAGE, DOUBTS = "report.html", "doubts.csv"
+
+
+def report(folder: Run | Comparison | str | Path, *, out: str | Path | None = None, data: str | None = None) -> Path:
+    """Write a run's or a comparison's page: one HTML file that needs no other and no network. Return its path.
+
+    Beside the page of a run lies `doubts.csv`: all images of its data set with the columns of a data table, and
+    `suggested` and `doubt`, the most doubted label first. One that differs, for example by your corrections, is kept.
+
+    Args:
+        folder: What `tes train` or `tes compare` left.
+        out: The file; None: `report.html` in the folder.
+        data: The photos, for more pictures than the folder keeps: the folder or table that was trained on.
+
+    Raises:
+        RunError: The folder is neither a run nor a comparison, or not finished; or the file cannot be written.
+        DataError: There are no photos where `data` says.
+    """
+    opened = folder if isinstance(folder, Run | Comparison) else _open(user_path(folder))
+    page = user_path(out) if out is not None else opened.path / PAGE
+    if page.is_dir():
+        raise RunError(f"`{page}` is a folder; --out names the page's file.")
+    photos = open_source(data) if data is not None else None
+    if isinstance(opened, Comparison):
+        _write(page, comparison_page(ComparisonFindings(opened, photos)))
+        return page
+    found = Findings(opened, photos)
+    table = page.parent / DOUBTS
+    try:
+        content = doubts_table(found)
+    except RunError:  # no predictions out of fold, or no list of images; the page says so
+        content = None
+    if content is not None:
+        _write_doubts(table, content)
+    _write(page, run_page(found, headline(found), DOUBTS if content is not None else ""))
+    return page
+
+
+def doubts_table(found: Findings) -> str:
+    """Return doubts.csv: what `tes train` reads, and what the model thinks of each training image's label."""
+    by_path = {doubt.path: (place, doubt) for place, doubt in enumerate(found.doubts)}
+    root = _root(found)
+    rows = sorted(
+        found.images, key=lambda image: (by_path[image.path][0] if image.path in by_path else len(by_path), image.path)
+    )
+    out = io.StringIO()
+    table = csv.writer(out, lineterminator="\n")
+    table.writerow(["path", "label", "split", "group", "suggested", "doubt"])
+    for image in rows:
+        _, doubt = by_path.get(image.path, (0, None))
+        suggested = "" if doubt is None or doubt.suggested is None else found.labels[doubt.suggested]
+        # What the draw of shots has left over is, in the data set, an image to train on.
+        split = "train" if image.split == "unused" else image.split
+        path = image.path if root is None else (root / image.path).as_posix()
+        table.writerow(
+            [path, image.label, split, image.group, suggested, "" if doubt is None else f"{doubt.doubt:.4f}"]
+        )
+    return out.getvalue()
+
+
+def _open(folder: Path) -> Run | Comparison:
+    if (folder / "compare.json").is_file():
+        return Comparison.open(folder)
+    if folder.is_dir() and not (folder / "run.json").is_file() and not (folder / "config.yaml").is_file():
+        inside = [file.parent.name for file in folder.glob("*/run.json")]
+        hint = did_you_mean(folder.name, inside) or (f" It holds runs: {', '.join(inside[:5])}." if inside else "")
+        raise RunError(
+            f"`{folder}` is neither a run nor a comparison: it has no run.json and no compare.json.{hint} Give a folder"
+            " that `tes train` or `tes compare` wrote."
+        )
+    return Run.open(folder)
+
+
+def _root(found: Findings) -> Path | None:
+    """Return the folder that the images' paths start from, as far as it can be told."""
+    if isinstance(found.photos, LocalSource):
+        return found.photos.root.absolute()
+    recorded = user_path(str(found.run.settings.get("data", {}).get("source")))
+    folder = recorded if recorded.is_dir() else recorded.parent if recorded.is_file() else None
+    if folder is None:
+        console.note(
+            f"`{recorded}` is not here: the paths in {DOUBTS} are relative to the folder of photos; put the table"
+            " there, or give the folder with --data."
+        )
+        return None
+    return folder.absolute()
+
+
+def _write_doubts(path: Path, content: str) -> None:
+    try:
+        before = path.read_text(encoding="utf-8") if path.exists() else content
+    except (OSError, ValueError):
+        before = None
+    if before != content:
+        console.warn(f"`{path}` has other content, perhaps corrections of yours, and is kept; remove it for a new one.")
+        return
+    _write(path, content)
+
+
+def _write(path: Path, content: str) -> None:
+    try:
+        write_atomic(path, content)
+    except OSError as problem:
+        raise RunError(f"`{path}` cannot be written: {problem.strerror or problem}.") from None
