@@ -304,7 +304,7 @@ def _credit(found: Findings) -> dict[str, Any] | str:
             shown.append((arm, [(name, value) for name, value in credit.items()], total))
             rows.append([arm, *(points(credit.get(name)) for name in _sources(found)), points(total)])
     if not shown:
-        return "No arm shares its start with a plain arm, so that a gain could be split."
+        return "No plain arm from the same start was run, so a gain cannot be split; without --no-controls it is."
     bars = [
         Bar(arm if len(parts) == 1 else f"{arm}: {name.removeprefix('the ')}", value)
         for arm, parts, _ in shown

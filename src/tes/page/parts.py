@@ -129,7 +129,7 @@ def environment(folder: Path) -> dict[str, Any]:
     machine = {name: stored.get(name) for name in ("python", "platform", "processor", "num_cores", "num_threads")}
     versions = {name: number for name, number in stored["packages"].items() if number}
     rows = [[name, str(value)] for name, value in (*versions.items(), *machine.items()) if value is not None]
-    return {"command": shown, "versions": Table("Versions and machine", ["", ""], rows, frozenset({0, 1}))}
+    return {"command": shown, "versions": Table("Versions and machine", ["what", "which"], rows, frozenset({0, 1}))}
 
 
 def code(sentence: str) -> Markup:
