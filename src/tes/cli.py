@@ -93,7 +93,10 @@ def train(
     ] = None,
     objective: Annotated[
         str | None,
-        typer.Option(help="tes, ce, label_smoothing, text_ce, static_text, l2_sp; or NAME@PRESET, as in tes@paper."),
+        typer.Option(
+            help="tes, ce, label_smoothing, text_ce, static_text, l2_sp, bss, co_tuning, bi_tuning; or NAME@PRESET,"
+            " as in tes@paper."
+        ),
     ] = None,
     train: Annotated[str | None, typer.Option(help="head (solved in seconds) or all; default: all on a GPU.")] = None,
     start: Annotated[

@@ -320,3 +320,20 @@ def test_an_interruption_says_how_to_go_on_and_the_same_command_does(cli, photos
     code, out, err = cli(*command)
     assert code == 0 and "2 of 5 cells are done already" in err and "comparison:" in out
     assert len(begun) == 3 + 3
+
+
+@pytest.mark.slow
+def test_the_classical_objectives_are_arms_with_any_start(begin):
+    names = ("bss", "co_tuning", "bi_tuning")
+    arms = [f"{name}+{start}" for name in names for start in ("probe", "random", "prior", "probe+prior")]
+    flags = {"train": "all", "optim.num_steps": 2, "optim.batch_size": 6}
+    comparison = begin(arms, flags=flags, shots=("2",), num_seeds=1, num_trials=2, controls=False)
+    rows = table(comparison)
+    assert {row["arm"] for row in rows} == {"ce", *arms}
+    assert {row["start"] for row in rows if row["arm"] == "co_tuning+random"} == {"random"}
+    assert all({"optim.learning_rate"} <= trial["settings"].keys() for trial in _searched(comparison))
+
+
+def _searched(comparison):
+    runs = [tes.Run.open(comparison.path / row["run"]) for row in table(comparison)]
+    return [trial for run in runs for trial in run.summary["trials"][1:]]
