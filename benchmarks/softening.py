@@ -31,7 +31,7 @@ from tes.settle import settle
 
 REFERENCES = {
     "text": (0.02, 0.05, 0.1, 0.2),
-    "text, τ 0.3": (0.1,),
+    "text, τ 0.2": (0.1,),
     "out of fold": (0.1,),
     "uniform": (0.05, 0.1),
 }
@@ -111,7 +111,7 @@ def measure(config: tes.Config, loaded: Loaded) -> list[dict[str, Any]]:
     guesses = {"uniform": torch.full_like(label_NC, 1 / dataset.num_classes)}
     with torch.no_grad():
         guesses["text"] = fitted(everything, 0.1)(x_NF).softmax(1)
-        guesses["text, τ 0.3"] = fitted(everything, 0.3)(x_NF).softmax(1)
+        guesses["text, τ 0.2"] = fitted(everything, 0.2)(x_NF).softmax(1)
     if np.bincount(dataset.labels[train]).min() > 1:
         fold = torch.from_numpy(_folds(dataset.labels[train]))
         guesses["out of fold"] = torch.zeros_like(label_NC)
