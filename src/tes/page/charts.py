@@ -85,7 +85,7 @@ def line_chart(
     lowest, highest = min(values + [0] * zero), max(values + [0] * zero)
     margin = 0.06 * (highest - lowest) or 0.01
     lowest, highest = lowest - margin, highest + margin
-    ticks = _nice_ticks(lowest, highest)
+    ticks = nice_ticks(lowest, highest)
     x_at = _scale(min(xs), max(xs), left + 10, right - 10)
     y_at = _scale(lowest, highest, bottom, top)
     parts = [
@@ -286,7 +286,7 @@ def _scale(low: float, high: float, start: float, end: float) -> Format:
     return lambda value: (start + end) / 2 if span == 0 else start + (value - low) / span * (end - start)
 
 
-def _nice_ticks(low: float, high: float) -> list[float]:
+def nice_ticks(low: float, high: float) -> list[float]:
     """Return about five round numbers within a range."""
     span = (high - low) or max(abs(high), 1e-3)
     rough = span / 5

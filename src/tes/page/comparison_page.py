@@ -250,7 +250,7 @@ def _curves(found: Findings) -> dict[str, Any]:
 
 
 def _whole(value: float) -> str:
-    return f"{100 * value:.0f} %"
+    return f"{100 * value:.3g} %"
 
 
 def _points(value: float) -> str:

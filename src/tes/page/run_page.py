@@ -14,7 +14,7 @@ from tes.doubts import Doubt, doubts
 from tes.errors import RunError
 from tes.metrics import calibration_bins, per_class_table
 from tes.mistakes import NUM_PER_PAIR, confusions, mistakes
-from tes.page.charts import NUM_STYLES, Series, heat_map, line_chart, reliability_chart
+from tes.page.charts import NUM_STYLES, Series, heat_map, line_chart, nice_ticks, reliability_chart
 from tes.page.parts import (
     MISSING,
     Cell,
@@ -477,7 +477,7 @@ def _training(found: Findings) -> dict[str, Any] | str:
                 val.setdefault(HEADS.get(head, head), []).append((float(row["step"]), float(figures["mean_per_class"])))
     charts = [_curves("loss-chart", "Training losses", losses, lambda value: f"{value:g}")]
     if any(len(dots) > 1 for dots in val.values()):
-        charts.append(_curves("val-chart", "Mean per class on val", val, lambda value: f"{100 * value:.0f} %"))
+        charts.append(_curves("val-chart", "Mean per class on val", val, lambda value: f"{100 * value:.3g} %"))
     table = Table(
         "Losses by step",
         ["loss", "step", "value"],
@@ -492,7 +492,7 @@ def _curves(chart: str, title: str, named: dict[str, list[tuple[float, float]]],
         for style, (name, dots) in enumerate(named.items(), 1)
     ]
     last = max(dots[-1][0] for dots in named.values())
-    ticks = [(last * part, f"{last * part:.0f}") for part in (0, 0.25, 0.5, 0.75, 1)]
+    ticks = [(step, f"{step:g}") for step in nice_ticks(0, last)]
     description = "; ".join(f"{name}: from {dots[0][1]:.3g} to {dots[-1][1]:.3g}" for name, dots in named.items())
     return {"title": title, "chart": line_chart(chart, title, description, series, ticks, "step", form)}
 
