@@ -19,7 +19,7 @@ WIDTH = 480
 NUM_STYLES = 8
 NUM_LEVELS = 9
 _CHARACTER = 7.6  # mean width of one in the charts' fonts, the wide ones that are about
-_BOLD = 8.4
+_BOLD = 9.0
 _SAMPLE = 30  # what a short piece of a line takes before its name
 
 Format = Callable[[float], str]
@@ -77,7 +77,7 @@ def line_chart(
         zero: The vertical axis includes 0, which is drawn as a line.
         height: In the units of WIDTH.
     """
-    label_width = min(max(len(one.name) for one in series) * _BOLD + _SAMPLE + 12, 190)
+    label_width = min(max(len(one.name) for one in series) * _BOLD + _SAMPLE + 12, 200)
     left, right, top, bottom = 52, WIDTH - label_width, 12, height - 44
     xs = [x for x, _ in x_ticks] + [x for one in series for x, _ in one.points]
     values = [y for one in series for _, y in one.points]
@@ -133,7 +133,7 @@ def bar_chart(chart: str, title: str, description: str, bars: Sequence[Bar], for
                 bar.name, form(bar.value), kind, _n(low), y + 3, _n(max(high - low, 0.5)), row - 7
             )
         )
-        name = f"{_short(bar.name, 20 if bar.mark else 22)} {bar.mark}".rstrip()
+        name = f"{_short(bar.name, 16 if bar.mark else 18)} {bar.mark}".rstrip()
         parts.append(_text(name_width - 8, y + 15, name, "end"))
         x, anchor = (low - 5, "end") if bar.value < 0 else (high + 5, "start")
         parts.append(_text(x, y + 15, form(bar.value), anchor))
@@ -171,7 +171,7 @@ def heat_map(
         size = min(12.0, 0.9 * cell)
         parts += [
             Markup('<text x="{}" y="{}" text-anchor="end" style="font-size:{}px">{}</text>').format(
-                left - 6, _n(4 + cell * (row + 0.5) + size / 3), _n(size), _short(name, 22)
+                left - 6, _n(4 + cell * (row + 0.5) + size / 3), _n(size), _short(name, 20)
             )
             for row, name in enumerate(names)
         ]
@@ -192,7 +192,7 @@ def reliability_chart(
         series: A line per head or arm, of (confidence, accuracy).
         shares: Of the first series: the share of images per bin, as columns along the lower edge.
     """
-    left, top, side = 52, 12, 256
+    left, top, side = 52, 12, 244
     bottom, right = top + side, left + side
     x_at, y_at = _scale(0, 1, left, right), _scale(0, 1, bottom, top)
     parts = []
