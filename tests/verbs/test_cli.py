@@ -28,12 +28,18 @@ def arguments(texts, resnet):
     ]  # fmt: skip
 
 
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """Where the first test that asks for a run leaves it, for the others to copy."""
+    return tmp_path_factory.mktemp("trained") / "run"
+
+
 @pytest.fixture
-def run(cli, photos, arguments, tmp_path):
-    out = tmp_path / "run"
-    code, _, err = cli("train", photos, *arguments, "--out", out)
-    assert code == 0, err
-    return out
+def run(cli, photos, arguments, trained, tmp_path):
+    if not trained.exists():
+        code, _, err = cli("train", photos, *arguments, "--out", trained)
+        assert code == 0, err
+    return shutil.copytree(trained, tmp_path / "run")
 
 
 def test_help_is_quick_and_imports_nothing_heavy():

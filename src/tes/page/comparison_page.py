@@ -306,7 +306,7 @@ def _credit(found: Findings) -> dict[str, Any] | str:
     if not shown:
         return "No plain arm from the same start was run, so a gain cannot be split; without --no-controls it is."
     bars = [
-        Bar(arm if len(parts) == 1 else f"{arm}: {name.removeprefix('the ')}", value)
+        Bar(arm if len(parts) == 1 else f"{name.split()[-1]}, {arm}", value)
         for arm, parts, _ in shown
         for name, value in parts
     ]

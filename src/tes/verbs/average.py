@@ -39,6 +39,7 @@ from tes.engine.solve import Solution
 from tes.errors import RunError
 from tes.files import append_jsonl, read_json, sha256_file, user_path, write_atomic, write_json
 from tes.metrics import evaluate_split
+from tes.mistakes import worth_showing
 from tes.predictions import Predictions
 from tes.reopen import Reopened, reopen, section
 from tes.run import Run, claim, refuse_out_among_images
@@ -248,19 +249,21 @@ def _write(it: Reopened, folder: Path, settings: dict[str, Any], averaged: dict[
     write_json(folder / "preprocess.json", learner.backbone.images.to_dict())
     write_json(folder / "classes.json", read_json(run.path / "classes.json", RunError))
     write_atomic(folder / "splits.csv", run.file("splits.csv").read_bytes())
-    run_writer.write_thumbnails(folder / "thumbnails", dataset)
+    said: dict[str, Predictions] = {}
     if (run.path / "predictions" / "train.npz").is_file():  # of the start, which is the same
-        run_writer.write_out_of_fold(folder, run.predictions("train"))
+        said["train"] = run.predictions("train")
+        run_writer.write_out_of_fold(folder, said["train"])
     for row in averaged["val"]:
         append_jsonl(folder / "metrics.jsonl", {"split": "val", **row})
     metrics = {}
     for split in ("val", "test"):
         if len(indices := dataset.indices(split)):
-            predictions = predict(learner, dataset, indices, None if it.moved else it.features)
-            metrics[split] = run_writer.write_predictions(folder, split, predictions, dataset)
+            said[split] = predict(learner, dataset, indices, None if it.moved else it.features)
+            metrics[split] = run_writer.write_predictions(folder, split, said[split], dataset)
             append_jsonl(
                 folder / "metrics.jsonl", {"split": split, "alpha": averaged["alpha"], "heads": metrics[split]}
             )
+    run_writer.write_thumbnails(folder / "thumbnails", dataset, worth_showing(said, "vision"))
     run_writer.write_model(folder, Fitted(learner, Solution(it.start_head)), it.text, None)
     # What was said of the run's own weights does not hold for these.
     kept = {
