@@ -502,10 +502,22 @@ def main() -> None:
             code = _fail(f"error: {message} Try `tes --help`.", 2) if message else 2
         elif debug:
             raise
+        elif _is_out_of_memory(problem):
+            code = _fail(
+                "error: There is not enough memory for this; give it less at a time: a smaller `optim.batch_size`, or"
+                " the same one in parts (`optim.accumulate`), a smaller --size, or a smaller --backbone.",
+                2,
+            )
         else:
             what = f"{type(problem).__name__}: {problem}"
             code = _fail(f"error: this is a bug in tes ({what}). Run again with --debug and report it.", 1)
     sys.exit(code if isinstance(code, int) else 0)
+
+
+def _is_out_of_memory(problem: Exception) -> bool:
+    """Tell by PyTorch's names and words, since it is not imported here: for the CPU it has no class of its own."""
+    is_gpu, is_cpu = type(problem).__name__ == "OutOfMemoryError", "can't allocate memory" in str(problem)
+    return isinstance(problem, MemoryError) or is_gpu or is_cpu
 
 
 def _fail(message: str, code: int) -> int:

@@ -293,3 +293,11 @@ def test_ctrl_c_says_so(cli, photos, arguments, monkeypatch):
     monkeypatch.setattr("tes.verbs.train.train", interrupted)
     code, out, err = cli("train", photos, *arguments)
     assert (code, out, err) == (130, "", "interrupted\n")
+
+
+def test_too_little_memory_is_no_bug_of_ours(cli, monkeypatch):
+    import torch
+
+    monkeypatch.setattr("tes.catalogue.available", lambda kind: torch.empty(10**15))  # PyTorch's own words for it
+    code, _, err = cli("list", "objectives")
+    assert code == 2 and "not enough memory" in err and "optim.batch_size" in err and err.count("\n") == 1
