@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from tes.config import NOT_YAML
 from tes.errors import RunError, did_you_mean, listing
@@ -35,6 +36,76 @@ CONTENTS = frozenset(
     | {"calibration.json", "diagnosis.json", "diagnosis.svg", "report.html", "doubts.csv"}
 )
 """All that a run folder holds: a folder with anything else in it is never replaced."""
+
+
+class _Recorded(BaseModel):
+    """What is relied on in a file of a run, where it is there at all; more may stand in it."""
+
+    model_config = ConfigDict(strict=True)
+
+
+class _Against(_Recorded):
+    difference: float
+    num_samples: int
+    interval: list[float] | None = Field(None, min_length=2, max_length=2)
+
+
+class _Summary(_Recorded):
+    arm: str = ""
+    start: str = ""
+    train: str = ""
+    refit: str = ""
+    protocol: str = ""
+    data: str = ""
+    default_head: str = ""
+    num_train: int = 0
+    num_val: int = 0
+    num_test: int = 0
+    backbone: dict[str, Any] = {}
+    text: dict[str, Any] | None = None
+    metrics: dict[str, dict[str, dict[str, float | None]]] = {}
+    shared: dict[str, str] = {}
+    against: _Against | None = None
+
+
+class _DataSettings(_Recorded):
+    source: str | None = None
+    shots: int | None = None
+    fraction: float | None = None
+
+
+class _Settings(_Recorded):
+    data: _DataSettings = _DataSettings()
+    objective: dict[str, Any] = {}
+    seed: int = 0
+
+
+class _Source(_Recorded):
+    name: str
+    cosine: float
+
+
+class _Class(_Recorded):
+    prompts: list[str] | None = None
+    source: _Source | None = None
+
+
+class _Classes(_Recorded):
+    classes: list[_Class]
+
+
+def _check(value: Any, model: type[_Recorded], path: Path) -> None:
+    """Hold what a file says against what is relied on.
+
+    Raises:
+        RunError: A value is of another kind.
+    """
+    try:
+        model.model_validate(value)
+    except ValidationError as problem:
+        first = problem.errors(include_url=False)[0]
+        where = ".".join(map(str, first["loc"]))
+        raise RunError(f"`{path}` is damaged: `{where}`: {first['msg'][0].lower()}{first['msg'][1:]}.") from None
 
 
 _SHARED_NAME = re.compile(r"[a-z_]+-[0-9a-f]{64}\.[a-z]+")
@@ -58,6 +129,10 @@ class Run:
             siblings = [other.name for other in folder.parent.iterdir()] if folder.parent.is_dir() else []
             raise RunError(f"There is no run folder `{folder}`.{did_you_mean(folder.name, siblings)}")
         if not (folder / "run.json").is_file():
+            if (folder / "compare.json").is_file():
+                raise RunError(
+                    f"`{folder}` is a comparison; name one of its runs, `{folder}/cells/<shots>-s<seed>/<arm>`."
+                )
             started = (folder / "config.yaml").is_file()
             why = "its training did not finish (there is no run.json)" if started else "there is no run.json in it"
             raise RunError(f"`{folder}` is not a finished run: {why}.")
@@ -74,6 +149,7 @@ class Run:
         value = read_json(self.path / "run.json", RunError)
         if not isinstance(value, dict):
             raise RunError(f"`{self.path / 'run.json'}` does not hold an object.")
+        _check(value, _Summary, self.path / "run.json")
         return value
 
     @cached_property
@@ -85,6 +161,7 @@ class Run:
             raise RunError(f"`{self.path / 'config.yaml'}` cannot be read: {' '.join(str(problem).split())}.") from None
         if not isinstance(value, dict):
             raise RunError(f"`{self.path / 'config.yaml'}` does not hold settings.")
+        _check(value, _Settings, self.path / "config.yaml")
         return value
 
     @cached_property
@@ -98,6 +175,7 @@ class Run:
                 raise TypeError
         except (TypeError, KeyError):
             raise RunError(f"`{self.path / 'classes.json'}` does not list classes.") from None
+        _check(value, _Classes, self.path / "classes.json")
         return rows
 
     def file(self, name: str) -> Path:

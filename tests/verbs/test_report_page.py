@@ -15,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import yaml
 
 import tes
 from tes.doubts import doubts
@@ -293,6 +294,41 @@ def test_what_is_damaged_leaves_its_section_out_with_a_sentence(run, cli, name, 
     assert section in left_out and "figures" not in left_out and page.section(section).strip().endswith(".")
 
 
+@pytest.mark.parametrize(
+    ("name", "where", "value"),
+    [
+        ("run.json", ("arm",), 7),
+        ("run.json", ("backbone",), "x"),
+        ("run.json", ("metrics", "test", "vision", "mean_per_class"), "x"),
+        ("run.json", ("against",), {"difference": None}),
+        ("classes.json", ("classes", 0, "prompts"), 3),
+        ("config.yaml", ("data",), "x"),
+        ("config.yaml", ("data", "fraction"), []),
+    ],
+)
+def test_a_value_of_another_kind_is_named_with_its_file(run, cli, name, where, value):
+    content = yaml.safe_load((run / name).read_text())
+    *outer, last = where
+    inner = content
+    for key in outer:
+        inner = inner[key]
+    inner[last] = value
+    (run / name).write_text(json.dumps(content))  # which is YAML as well
+    code, out, err = cli("diagnose", run)
+    assert (code, out, err.count("\n")) == (2, "", 1)
+    assert f"{name}` is damaged: `{'.'.join(map(str, where))}" in err
+    code, _, err = cli("report", run)  # all but run.json can be done without
+    assert code == (2 if name == "run.json" else 0) or f"{name}` is damaged" in err
+
+
+def test_a_run_that_does_not_say_its_arm_is_diagnosed_as_any_other(run, cli):
+    summary = json.loads((run / "run.json").read_text())
+    del summary["arm"], summary["start"]
+    (run / "run.json").write_text(json.dumps(summary))
+    code, out, err = cli("diagnose", run)
+    assert code == 0 and "run" in out, err
+
+
 def test_damaged_pictures_and_a_lost_list_of_images_are_done_without(run, cli):
     first, *_ = sorted((run / "thumbnails").iterdir())
     first.write_bytes(b"\xff\xd8 no picture")
@@ -317,6 +353,8 @@ def test_a_folder_that_is_no_run_and_an_unfinished_comparison_get_a_sentence(cli
     shutil.copy(compared / "compare.json", begun)
     code, _, err = cli("report", begun)
     assert code == 2 and "is not finished" in err
+    code, _, err = cli("calibrate", compared)  # it is of runs
+    assert code == 2 and "is a comparison" in err and "cells/" in err
 
 
 def test_a_comparison_says_its_sentences_first_and_every_arm_against_ce(compared, cli, tmp_path):

@@ -192,10 +192,10 @@ def _told(name: str, run: Run, uses_text: bool) -> dict[str, Any]:
     """Return a report with what the run says of itself, and without a figure yet."""
     return {
         "run": name,
-        "arm": run.summary.get("arm"),
+        "arm": str(run.summary.get("arm")),
         "arm_objective": (run.settings.get("objective") or {}).get("name"),
         "uses_text": uses_text,
-        "start": run.summary.get("start"),
+        "start": str(run.summary.get("start")),
         "train": run.summary.get("train"),
         "seed": run.settings.get("seed"),
     } | dict.fromkeys(FIGURES)
