@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from pydantic import TypeAdapter, ValidationError
 
 from tes.data.source import counted
 from tes.errors import RunError
@@ -294,13 +295,15 @@ def read_plan(folder: Path) -> Plan:
     try:
         if stored["format"] != FORMAT:
             raise RunError(f"`{folder}` has format {stored['format']!r}; this version reads format {FORMAT}.")
-        lists = {name: tuple(stored[name]) for name in ("arms", "added", "shots", "seeds", "single")}
-        others = {name: stored[name] for name in ("protocol", "split", "num_trials")}
-        others |= {name: dict(stored[name]) for name in ("starts", "settings", "skipped")}
-        others["objectives"] = dict(stored.get("objectives", {}))  # plans of the first days have none
-    except (KeyError, TypeError, ValueError):
+        # Plans of the first days have no objectives.
+        plan = TypeAdapter(Plan).validate_python(
+            {"objectives": {}} | {k: v for k, v in stored.items() if k != "format"}
+        )
+    except (KeyError, TypeError, AttributeError, ValidationError):
         raise RunError(f"`{folder / 'compare.json'}` is not the plan of a comparison.") from None
-    return Plan(**lists, **others)
+    if not (plan.arms and plan.shots and plan.seeds and plan.starts.keys() >= {*plan.arms, *plan.added}):
+        raise RunError(f"`{folder / 'compare.json'}` is damaged: it plans no cells, or an arm without a start.")
+    return plan
 
 
 def write_plan(folder: Path, plan: Plan) -> None:

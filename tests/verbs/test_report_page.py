@@ -357,6 +357,27 @@ def test_a_folder_that_is_no_run_and_an_unfinished_comparison_get_a_sentence(cli
     assert code == 2 and "is a comparison" in err and "cells/" in err
 
 
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        ("compare.json", {"seeds": []}),
+        ("compare.json", {"arms": ["ce", 7]}),
+        ("compare.json", {"protocol": []}),
+        ("compare.json", {"arms": ["ce", "unheard"]}),
+        ("summary.json", {"sentences": 3}),
+        ("summary.json", {"dataset": None, "arms": {}}),
+    ],
+)
+def test_a_damaged_comparison_gets_a_sentence_and_no_page(compared, cli, tmp_path, name, change):
+    for file in ("compare.json", "summary.json"):
+        content = json.loads((compared / file).read_text())
+        (tmp_path / file).write_text(json.dumps(content | (change if file == name else {})))
+    (tmp_path / "cells").symlink_to(compared / "cells")
+    code, out, err = cli("report", tmp_path, "--out", tmp_path / "page.html")
+    assert (code, out, err.count("\n")) == (2, "", 1), err
+    assert name in err and not (tmp_path / "page.html").exists()
+
+
 def test_a_comparison_says_its_sentences_first_and_every_arm_against_ce(compared, cli, tmp_path):
     code, out, err = cli("report", compared)
     assert code == 0 and str(compared / "report.html") in out, err

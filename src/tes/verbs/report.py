@@ -40,17 +40,25 @@ def report(folder: Run | Comparison | str | Path, *, out: str | Path | None = No
         raise RunError(f"`{page}` is a folder; --out names the page's file.")
     photos = open_source(data) if data is not None else None
     if isinstance(opened, Comparison):
-        _write(page, comparison_page(ComparisonFindings(opened, photos)))
+        try:
+            content = comparison_page(ComparisonFindings(opened, photos))
+        except (KeyError, TypeError, ValueError, IndexError, AttributeError) as problem:  # as `section`, of its head
+            detail = " ".join(str(problem).split()) or type(problem).__name__
+            raise RunError(
+                f"The summary.json or compare.json of `{opened.path}` is damaged ({detail}); remove summary.json and"
+                " run the same `tes compare` again: finished cells are kept."
+            ) from None
+        _write(page, content)
         return page
     found = Findings(opened, photos)
     table = page.parent / DOUBTS
     try:
-        content = doubts_table(found)
+        doubted = doubts_table(found)
     except RunError:  # no predictions out of fold, or no list of images; the page says so
-        content = None
-    if content is not None:
-        _write_doubts(table, content)
-    _write(page, run_page(found, headline(found), DOUBTS if content is not None else ""))
+        doubted = None
+    if doubted is not None:
+        _write_doubts(table, doubted)
+    _write(page, run_page(found, headline(found), DOUBTS if doubted is not None else ""))
     return page
 
 
