@@ -447,7 +447,10 @@ def report(
     """Write a page to look at and to send on: one HTML file, no network; and a run's doubted labels as CSV."""
     from tes.verbs.report import report as write_report
 
-    print(f"report: {write_report(folder, out=out, data=data)}")
+    page = write_report(folder, out=out, data=data)
+    print(f"report: {page}")
+    if (doubts := page.parent / "doubts.csv").is_file():
+        print(f"doubted labels: {doubts}")
 
 
 @app.command("list")
