@@ -14,8 +14,6 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-import numpy as np
-
 from tes.verbs.compare import Settings, compare
 
 ARMS = ("ce", "ce+probe+prior", "tes@paper+random", "ce+random", "tes")
@@ -62,8 +60,9 @@ def main() -> None:
             shown = f"{100 * accuracy['mean']:.1f} ({100 * accuracy['low']:.1f} to {100 * accuracy['high']:.1f})"
             against = ""
             if effect:
-                interval = np.array([effect["low"], effect["high"]], dtype=float) * 100
-                against = f"{100 * effect['mean']:+.1f} ({interval[0]:+.1f} to {interval[1]:+.1f})"
+                against = f"{100 * effect['mean']:+.1f}"
+                if effect["low"] is not None:
+                    against += f" ({100 * effect['low']:+.1f} to {100 * effect['high']:+.1f})"
             nll, ece = figures["nll"]["mean"], figures["ece"]["mean"]
             print(f"| {name} | `{arm}` | {shown} | {nll:.2f} | {ece:.3f} | {against} |", flush=True)
 
