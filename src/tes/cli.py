@@ -447,10 +447,7 @@ def report(
     """Write a page to look at and to send on: one HTML file, no network; and a run's doubted labels as CSV."""
     from tes.verbs.report import report as write_report
 
-    page = write_report(folder, out=out, data=data)
-    print(f"report: {page}")
-    if (doubts := page.parent / "doubts.csv").is_file():
-        print(f"doubted labels: {doubts}")
+    print(f"report: {write_report(folder, out=out, data=data)}")
 
 
 @app.command("list")

@@ -8,7 +8,6 @@ the backbone by its fingerprint.
 from __future__ import annotations
 
 import copy
-import csv
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -38,7 +37,7 @@ from tes.models.checkpoint import load_strictly, read_weights
 from tes.models.image_settings import ImageSettings
 from tes.objectives.base import ModelOutput, Objective
 from tes.objectives.text_head import TextHead
-from tes.run import Run
+from tes.run import Run, SplitRow
 from tes.text.classifier import TextClassifier
 
 Section = TypeVar("Section", bound=Settings)
@@ -196,7 +195,7 @@ def reopen_data(run: Run, data_source: str | None) -> Dataset:
         DataError: An image is missing or has changed.
     """
     needed = {"train", "val", "test", *trained_splits(run)}
-    rows = [row for row in _split_rows(run) if row["split"] in needed]
+    rows = [row for row in run.images if row.split in needed]
     if data_source is None:
         recorded = (run.settings.get("data") or {}).get("source")
         raise RunError(
@@ -212,16 +211,16 @@ def reopen_data(run: Run, data_source: str | None) -> Dataset:
             f" {listing(lost)}; bring them back, or name another --data."
         )
     place = {str(row["class"]): index for index, row in enumerate(run.classes)}
-    if unknown := sorted({row["label"] for row in rows} - place.keys()):
+    if unknown := sorted({row.label for row in rows} - place.keys()):
         raise RunError(f"`{run.path}` has images of classes that its classes.json lacks: {listing(unknown)}.")
     return Dataset(
         name=str(run.summary.get("data")),
         classes=saved_classes(run),
-        paths=[row["path"] for row in rows],
-        labels=np.array([place[row["label"]] for row in rows], dtype=np.int64),
-        splits=np.array([row["split"] for row in rows], dtype="<U6"),
-        groups=[row["group"] or None for row in rows],
-        sha1s=[row["sha1"] for row in rows],
+        paths=[row.path for row in rows],
+        labels=np.array([place[row.label] for row in rows], dtype=np.int64),
+        splits=np.array([row.split for row in rows], dtype="<U6"),
+        groups=[row.group or None for row in rows],
+        sha1s=[row.sha1 for row in rows],
         source=_Recorded(source, where),
     )
 
@@ -297,34 +296,19 @@ class _Recorded(Source):
         return self.source.locate(self.where[sample.path])
 
 
-def _split_rows(run: Run) -> list[dict[str, str]]:
-    path = run.file("splits.csv")
-    try:
-        with path.open(encoding="utf-8", newline="") as file:
-            rows = list(csv.DictReader(file))
-    except (OSError, UnicodeDecodeError, csv.Error) as problem:
-        raise RunError(f"`{path}` cannot be read: {' '.join(str(problem).split())}.") from None
-    wanted = ("path", "label", "split", "group", "sha1")
-    if not rows or any(row.get(key) is None for row in rows for key in wanted):
-        raise RunError(f"`{path}` does not hold a run's splits: its columns are {', '.join(wanted)}.")
-    return rows
-
-
-def _find(source: Source, rows: list[dict[str, str]]) -> tuple[dict[str, Sample], list[str]]:
+def _find(source: Source, rows: list[SplitRow]) -> tuple[dict[str, Sample], list[str]]:
     """Return where each recorded image is now, by its recorded path, and those that are nowhere, each with why."""
     by_path = {sample.path: sample for sample in source.samples}
-    content = _content(
-        source, [by_path[path] for path in dict.fromkeys(row["path"] for row in rows) if path in by_path]
-    )
+    content = _content(source, [by_path[path] for path in dict.fromkeys(row.path for row in rows) if path in by_path])
     at = {sample.path: sha1 for sample, sha1 in content}
     by_sha1 = {sha1: sample for sample, sha1 in content}
-    if any(row["sha1"] not in by_sha1 for row in rows):  # moved or renamed: look at all the others
+    if any(row.sha1 not in by_sha1 for row in rows):  # moved or renamed: look at all the others
         by_sha1 |= {
             sha1: sample for sample, sha1 in _content(source, [s for s in by_path.values() if s.path not in at])
         }
     where, lost = {}, []
     for row in rows:
-        path, sha1 = row["path"], row["sha1"]
+        path, sha1 = row.path, row.sha1
         if sha1 in by_sha1:
             where[path] = by_path[path] if at.get(path) == sha1 else by_sha1[sha1]
         else:

@@ -12,6 +12,7 @@ once in the comparison's folder `shared/`. `Run.file` finds a file wherever it i
 from __future__ import annotations
 
 import contextlib
+import csv
 import re
 import shutil
 from collections.abc import Iterator
@@ -112,6 +113,17 @@ _SHARED_NAME = re.compile(r"[a-z_]+-[0-9a-f]{64}\.[a-z]+")
 
 
 @dataclass(frozen=True)
+class SplitRow:
+    """One row of splits.csv: an image under its recorded path, label, split, group (or nothing) and content."""
+
+    path: str
+    label: str
+    split: str
+    group: str
+    sha1: str
+
+
+@dataclass(frozen=True)
 class Run:
     """A finished run. Thin: a path and what the files below it say."""
 
@@ -177,6 +189,25 @@ class Run:
             raise RunError(f"`{self.path / 'classes.json'}` does not list classes.") from None
         _check(value, _Classes, self.path / "classes.json")
         return rows
+
+    @cached_property
+    def images(self) -> list[SplitRow]:
+        """The images of the data set, as splits.csv lists them.
+
+        Raises:
+            RunError: It is absent or damaged.
+        """
+        path, wanted = self.file("splits.csv"), SplitRow.__annotations__
+        try:
+            with path.open(encoding="utf-8", newline="") as file:
+                rows = list(csv.DictReader(file))
+        except FileNotFoundError:
+            raise RunError(f"There is no file `{path}`.") from None
+        except (OSError, UnicodeDecodeError, csv.Error) as problem:
+            raise RunError(f"`{path}` cannot be read: {' '.join(str(problem).split())}.") from None
+        if not rows or any(row.get(key) is None for row in rows for key in wanted):
+            raise RunError(f"`{path}` does not hold a run's splits: its columns are {', '.join(wanted)}.")
+        return [SplitRow(*(row[key] for key in wanted)) for row in rows]
 
     def file(self, name: str) -> Path:
         """Return where a file of the run is: in its folder, or, for a cell of a comparison, in `shared/`.

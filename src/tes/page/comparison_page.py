@@ -33,7 +33,7 @@ from tes.page.parts import (
     render,
     section,
 )
-from tes.page.thumbnails import Thumbnails, read_splits
+from tes.page.thumbnails import Thumbnails
 from tes.statistics import paired
 
 NUM_BARS = 12
@@ -112,7 +112,7 @@ class Findings:
         folder = self.comparison.path / "shared" / "thumbnails"
         try:
             run = self.comparison.run(self.plan.shots[0], self.plan.seeds[0], self.arms[0])
-            return Thumbnails(folder, read_splits(run.file("splits.csv")), self.photos)
+            return Thumbnails(folder, run.images, self.photos)
         except RunError:
             return Thumbnails(folder, [])
 

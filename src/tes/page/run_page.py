@@ -28,7 +28,7 @@ from tes.page.parts import (
     render,
     section,
 )
-from tes.page.thumbnails import Image, Thumbnails, read_splits
+from tes.page.thumbnails import Thumbnails
 from tes.predictions import Predictions
 from tes.run import Run
 from tes.statistics import judged
@@ -77,17 +77,12 @@ class Findings:
         return str(self.run.summary.get("default_head", "vision"))
 
     @cached_property
-    def images(self) -> list[Image]:
-        """All images of the data set."""
-        return read_splits(self.run.file("splits.csv"))
-
-    @cached_property
     def thumbnails(self) -> Thumbnails:
         """Pictures of some images; without splits.csv, of none."""
         in_cell = isinstance(self.run.summary.get("shared"), dict)
         folder = self.run.path.resolve().parents[2] / "shared" if in_cell else self.run.path
         try:
-            return Thumbnails(folder / "thumbnails", self.images, self.photos)
+            return Thumbnails(folder / "thumbnails", self.run.images, self.photos)
         except RunError:
             return Thumbnails(folder / "thumbnails", [], self.photos)
 

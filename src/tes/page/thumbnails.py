@@ -3,50 +3,19 @@
 from __future__ import annotations
 
 import base64
-import csv
 import hashlib
 import io
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 from tes.data.images import UnreadableImageError, decode
 from tes.data.source import Sample, Source
-from tes.errors import RunError
+from tes.run import SplitRow
 
 SIDE = 96
 _MAX_BYTES = 64_000
 _SHA1 = re.compile(r"[0-9a-f]{40}")
-
-
-@dataclass(frozen=True)
-class Image:
-    """One row of splits.csv."""
-
-    path: str
-    label: str
-    split: str
-    group: str
-    sha1: str
-
-
-def read_splits(path: Path) -> list[Image]:
-    """Return the images of a run's data set.
-
-    Raises:
-        RunError: The file is absent or damaged.
-    """
-    try:
-        rows = list(csv.DictReader(io.StringIO(path.read_text(encoding="utf-8"), newline="")))
-        images = [Image(*(row[name] for name in Image.__annotations__)) for row in rows]
-        if any(value is None for image in images[-1:] for value in vars(image).values()):  # cut off
-            raise ValueError
-        return images
-    except FileNotFoundError:
-        raise RunError(f"There is no file `{path.name}`.") from None
-    except (OSError, ValueError, KeyError, TypeError, csv.Error):
-        raise RunError(f"`{path.name}` is damaged.") from None
 
 
 class Thumbnails:
@@ -58,8 +27,8 @@ class Thumbnails:
         photos: The photos themselves, or None. Only a file with the recorded content is shown.
     """
 
-    def __init__(self, folder: Path, images: Sequence[Image], photos: Source | None = None) -> None:
-        self._by_path: Mapping[str, Image] = {image.path: image for image in images}
+    def __init__(self, folder: Path, images: Sequence[SplitRow], photos: Source | None = None) -> None:
+        self._by_path: Mapping[str, SplitRow] = {image.path: image for image in images}
         self._photos = photos
         self._folder = folder
         self._kept = {file.stem for file in folder.glob("*.jpg")} if folder.is_dir() else set()
@@ -101,7 +70,7 @@ class Thumbnails:
         return content if len(content) <= _MAX_BYTES and content.startswith(b"\xff\xd8") else None
 
 
-def _shrunk(photos: Source, image: Image) -> bytes | None:
+def _shrunk(photos: Source, image: SplitRow) -> bytes | None:
     try:
         content = photos.read(Sample(image.path, image.label))
         if hashlib.sha1(content, usedforsecurity=False).hexdigest() != image.sha1:

@@ -58,6 +58,7 @@ def report(folder: Run | Comparison | str | Path, *, out: str | Path | None = No
         doubted = None
     if doubted is not None:
         _write_doubts(table, doubted)
+        console.note(f"doubted labels: {table}")
     _write(page, run_page(found, headline(found), DOUBTS if doubted is not None else ""))
     return page
 
@@ -67,7 +68,8 @@ def doubts_table(found: Findings) -> str:
     by_path = {doubt.path: (place, doubt) for place, doubt in enumerate(found.doubts)}
     root = _root(found)
     rows = sorted(
-        found.images, key=lambda image: (by_path[image.path][0] if image.path in by_path else len(by_path), image.path)
+        found.run.images,
+        key=lambda image: (by_path[image.path][0] if image.path in by_path else len(by_path), image.path),
     )
     out = io.StringIO()
     table = csv.writer(out, lineterminator="\n")
