@@ -27,7 +27,7 @@ class Dataset:
 
     Attributes:
         name: Short.
-        classes: In index order, sorted by label.
+        classes: In index order: a task's own, else sorted by label.
         paths: Relative to the data, with `/`.
         labels: (n,) int64 index into `classes`.
         splits: (n,) of train, val, test, unused.
@@ -37,6 +37,9 @@ class Dataset:
         untested: Labels of classes without a test image.
         notes: What the user should know, in sentences.
         source: Reads the images.
+        metric: The figure that selects and is reported first: `mean_per_class` or `top1`.
+        templates: The task's own prompts, where the user sets none.
+        coverage: (found, official) number of images, where some of a task's list are missing.
     """
 
     name: str
@@ -50,6 +53,9 @@ class Dataset:
     unreadable: list[tuple[str, str]] = field(default_factory=list)
     untested: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    metric: str = "mean_per_class"
+    templates: tuple[str, ...] | None = None
+    coverage: tuple[int, int] | None = None
 
     @property
     def num_classes(self) -> int:
@@ -195,6 +201,8 @@ def _samples_and_classes(source: Source, config: DataConfig) -> tuple[list[Sampl
         only = f"only `{next(iter(labels))}`" if labels else "none"
         raise DataError(f"`{config.source}` must have at least two classes to tell apart, but there is {only}.")
     classes = derive_classes(labels)
+    if source.class_names is not None:
+        classes = [ClassInfo(label, name) for label, name in source.class_names.items() if label in labels]
     if config.classes is not None:
         classes, ignored = apply_classes_file(classes, config.classes)
         if ignored:
@@ -259,6 +267,9 @@ def _readable(
         source=source,
         unreadable=seen.unreadable,
         notes=notes,
+        metric=source.metric,
+        templates=source.templates,
+        coverage=source.coverage,
     )
 
 

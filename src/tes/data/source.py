@@ -6,7 +6,7 @@ import errno
 import re
 import stat
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -39,12 +39,21 @@ class Source(ABC):
         samples: Every image, readable or not. Either all have a split or none.
         notes: What was left out on the way, in sentences.
         root: The folder that the images lie in, if they are files.
+        class_names: The readable name of every label, in the order of the class index; None: the labels are sorted,
+            and names derived from them.
+        templates: Prompts that suit the classes, where the user sets none.
+        metric: The figure that selects and is reported first: `mean_per_class` or `top1`.
+        coverage: How many images there are and how many the official list has, where some are missing.
     """
 
     name: str
     samples: Sequence[Sample]
     notes: Sequence[str] = ()
     root: Path | None = None
+    class_names: Mapping[str, str] | None = None
+    templates: tuple[str, ...] | None = None
+    metric: str = "mean_per_class"
+    coverage: tuple[int, int] | None = None
 
     @abstractmethod
     def read(self, sample: Sample) -> bytes:
