@@ -27,6 +27,7 @@ def shared() -> Path:
 
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # the tests themselves run side by side
 
 
 COLOURS = {"red_square": (200, 30, 30), "green_square": (30, 200, 30), "blue_square": (30, 30, 200)}
