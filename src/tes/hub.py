@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from typing import Literal
 
 from tes.errors import TesError
 
@@ -10,19 +11,25 @@ PATIENCE_SECONDS = 10.0  # for the whole look; a user without a network reads th
 SECONDS_PER_REQUEST = 6.0
 
 
-def require_hub(repo_id: str, offline_choice: str, error: type[TesError] = TesError) -> None:
-    """Return if the Hub can be reached and lets us read the model `repo_id`; nothing is downloaded.
+def require_hub(
+    repo_id: str,
+    offline_choice: str,
+    error: type[TesError] = TesError,
+    repo_type: Literal["model", "dataset"] = "model",
+) -> None:
+    """Return if the Hub can be reached and lets us read the model or data set `repo_id`; nothing is downloaded.
 
-    Call it once a local folder and the local Hub cache are known not to hold the model. `HF_ENDPOINT`,
+    Call it once a local folder and the local Hub cache are known not to hold it. `HF_ENDPOINT`,
     `HF_HUB_OFFLINE` and the user's login are those of huggingface_hub.
 
     Args:
-        repo_id: The model's name on the Hub, "owner/name" or "name".
+        repo_id: Its name on the Hub, "owner/name" or "name".
         offline_choice: What to use instead, as the end of a sentence ("use `--text minilm`").
         error: The error to raise.
+        repo_type: What it is.
 
     Raises:
-        TesError: `error`, within 10 s: no network, offline by choice, no such model, gated, or the Hub is ill.
+        TesError: `error`, within 10 s: no network, offline by choice, no such repository, gated, or the Hub is ill.
     """
     from huggingface_hub import constants, get_hf_file_metadata, hf_hub_url
     from huggingface_hub.errors import (
@@ -35,10 +42,12 @@ def require_hub(repo_id: str, offline_choice: str, error: type[TesError] = TesEr
     )
 
     problems: list[Exception] = []
+    probed = "config.json" if repo_type == "model" else "README.md"
+    kind = "model" if repo_type == "model" else "data set"
 
     def look() -> None:
         try:
-            get_hf_file_metadata(hf_hub_url(repo_id, "config.json"), timeout=SECONDS_PER_REQUEST)
+            get_hf_file_metadata(hf_hub_url(repo_id, probed, repo_type=repo_type), timeout=SECONDS_PER_REQUEST)
         except Exception as problem:
             # Whatever the HTTP library raises in this release: to the user it is one thing, the Hub cannot be read.
             problems.append(problem)
@@ -48,11 +57,12 @@ def require_hub(repo_id: str, offline_choice: str, error: type[TesError] = TesEr
     looking.start()
     looking.join(PATIENCE_SECONDS)
     hub = constants.ENDPOINT
+    page = repo_id if repo_type == "model" else f"datasets/{repo_id}"
     absent = f"`{repo_id}` is not on this machine"
     if looking.is_alive():
         raise error(f"{absent}, and the Hub ({hub}) gave no answer in {PATIENCE_SECONDS:.0f} s: {offline_choice}.")
     match problems:
-        case [] | [EntryNotFoundError()]:  # some models have no config.json; that the name was known is enough
+        case [] | [EntryNotFoundError()]:  # some have no such file; that the name was known is enough
             return
         case [HFValidationError()]:
             raise error(f"`{repo_id}` is neither a folder here nor a name that the Hub could know: {offline_choice}.")
@@ -60,11 +70,11 @@ def require_hub(repo_id: str, offline_choice: str, error: type[TesError] = TesEr
             raise error(f"{absent}, and HF_HUB_OFFLINE forbids to fetch it: unset that, or {offline_choice}.")
         case [GatedRepoError()]:
             raise error(
-                f"`{repo_id}` is gated: ask for access at {hub}/{repo_id} and run `hf auth login`, or {offline_choice}."
+                f"`{repo_id}` is gated: ask for access at {hub}/{page} and run `hf auth login`, or {offline_choice}."
             )
         case [RepositoryNotFoundError()]:
             raise error(
-                f"`{repo_id}` is neither on this machine nor a public model of the Hub ({hub}): check the spelling, "
+                f"`{repo_id}` is neither on this machine nor a public {kind} of the Hub ({hub}): check the spelling, "
                 f"run `hf auth login` if it is private, or {offline_choice}."
             )
         case [HfHubHTTPError() as answer]:

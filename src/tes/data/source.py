@@ -17,7 +17,13 @@ from tes.registry import Registry
 SPLIT_WORDS = {"train": "train", "val": "val", "validation": "val", "valid": "val", "test": "test"}
 
 sources = Registry(
-    "data source", {"folder": "tes.data.folder:FolderSource", "csv": "tes.data.table:TableSource"}, "tes.sources"
+    "data source",
+    {
+        "folder": "tes.data.folder:FolderSource",
+        "csv": "tes.data.table:TableSource",
+        "hf": "tes.data.hub:HubSource",
+    },
+    "tes.sources",
 )
 
 
