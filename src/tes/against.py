@@ -14,7 +14,7 @@ from tes.engine.fit import Given, fit
 from tes.engine.learner import Learner
 from tes.engine.scoring import predict
 from tes.loaded import Loaded
-from tes.metrics import PRIMARY_METRIC, evaluate_split, image_losses
+from tes.metrics import METRICS, evaluate_split, image_losses
 from tes.objectives import objectives
 from tes.settle import settle
 from tes.statistics import Answers, bootstrap_images, judged
@@ -37,17 +37,18 @@ def against_ce(
     plain = settle(plain, given.dataset, loaded.backbone, objectives.get("ce"), loaded.source_text, len(train)).config
     other = fit(plain, replace(given, prior=None), train, log=lambda row: log(row | {"arm": "ce"})).learner
     ours, theirs = (predict(which, given.dataset, choosing, frozen) for which in (learner, other))
-    head = learner.objective.default_head
+    head, metric = learner.objective.default_head, given.dataset.metric
     pair = (Answers.of(ours, head), Answers.of(theirs, "vision"))
-    interval = bootstrap_images([pair], PRIMARY_METRIC)
+    interval = bootstrap_images([pair], metric)
     nll_N = image_losses(ours, head) - image_losses(theirs, "vision")
     figures = [evaluate_split(said)[which] for said, which in ((ours, head), (theirs, "vision"))]
     return {
         "arm": "ce",
         "split": "val",
         "num_samples": len(choosing),
-        "mean_per_class": figures[1]["mean_per_class"],
-        "difference": figures[0]["mean_per_class"] - figures[1]["mean_per_class"],
+        "metric": metric,
+        metric: figures[1][metric],
+        "difference": figures[0][metric] - figures[1][metric],
         "interval": list(interval) if interval else None,
         "nll": figures[1]["nll"],
         "nll_difference": float(nll_N.mean()),
@@ -64,9 +65,10 @@ def render(arm: str, against: dict[str, Any]) -> str:
     interval, error = against["interval"], against["nll_standard_error"]
     sure = f" (95 % {100 * interval[0]:+.1f} to {100 * interval[1]:+.1f})" if interval else ""
     spread = f" ± {error:.3f}" if error is not None else ""
+    metric = METRICS[against["metric"]]
     return (
         f"`{arm}` against plain fine-tuning (`ce`) on {against['num_samples']} validation images:"
-        f" {100 * against['difference']:+.1f} points mean per class{sure}: {judged(*(interval or (-1, 1)))};"
+        f" {100 * against['difference']:+.1f} points {metric}{sure}: {judged(*(interval or (-1, 1)))};"
         f" NLL {against['nll_difference']:+.3f}{spread}: {_judged_nll(against['nll_difference'], error)}."
         " One draw; `tes compare` tells how sure."
     )

@@ -6,6 +6,7 @@ import re
 from typing import Any
 
 from tes.data.classes_file import ClassInfo
+from tes.metrics import LOSSES, METRICS, ordered
 
 
 def model_card(classes: list[ClassInfo], summary: dict[str, Any], seed: int, citation: str) -> str:
@@ -20,6 +21,9 @@ def model_card(classes: list[ClassInfo], summary: dict[str, Any], seed: int, cit
             "`model.safetensors` holds the backbone, `text_head.safetensors` the head that classifies,"
             " `preprocess.json` and `classes.json` how to feed and read them,"
         )
+    chosen = "Hyper-parameters were not chosen on the test split."
+    if summary["protocol"] == "paper":
+        chosen = "**Test-selected**: trained on train and val, and chosen on the test split, as the authors' code does."
     lines = [
         f"# {_plain(summary['data'])}: {len(classes)} classes",
         "",
@@ -32,20 +36,19 @@ def model_card(classes: list[ClassInfo], summary: dict[str, Any], seed: int, cit
         "## Figures",
         "",
         f"{summary['num_train']} training, {summary['num_val']} validation, {summary['num_test']} test images; seed"
-        f" {seed}. Hyper-parameters were not chosen on the test split.",
+        f" {seed}. The metric of this data: {METRICS[summary['primary_metric']]}. {chosen}",
     ]
     if refit != "none":
         lines.append(f"The shipped weights were trained once more on {refit}; the figures are those before this refit.")
     if "averaged" in summary:
         alpha = summary["averaged"]["alpha"]
         lines.append(f"These weights are {alpha:g} of the run's and {1 - alpha:g} of its start's, chosen on val.")
-    lines += ["", "| split | head | top-1 | mean per class | macro F1 | NLL | ECE |", "|---|---|---|---|---|---|---|"]
+    shown = [name for name in ordered(summary["primary_metric"]) if name not in ("top5", "coarse_top1")]
+    lines += ["", f"| split | head | {' | '.join(METRICS[name] for name in shown)} |", "|---" * (2 + len(shown)) + "|"]
     for split, heads in summary["metrics"].items():
         for head, figures in heads.items():
-            lines.append(
-                f"| {split} | {head} | {figures['top1']:.1%} | {figures['mean_per_class']:.1%}"
-                f" | {figures['macro_f1']:.1%} | {figures['nll']:.3f} | {figures['ece']:.3f} |"
-            )
+            cells = [f"{figures[name]:{'.3f' if name in LOSSES else '.1%'}}" for name in shown]
+            lines.append(f"| {split} | {head} | {' | '.join(cells)} |")
     lines += [
         "",
         "## Use",

@@ -158,7 +158,7 @@ def train(
     if against not in (None, "ce"):
         raise ConfigError(f"--against is ce (got `{against}`); `tes compare` takes any arms.")
     run = train_run(settings, overwrite=overwrite, against=True if against else None)
-    print(_metrics_table(run.metrics))
+    print(_metrics_table(run.metrics, run.primary_metric))
     print(f"\nrun folder: {run.path}")
     own = f" --backbone {settings.backbone.name}" if ":" in settings.backbone.name else ""
     print("next:")
@@ -190,7 +190,7 @@ def evaluate(
         for note in result.get("notes", ()):
             print(note, file=sys.stderr)
         calibrated = {f"{head}/T": figures for head, figures in result.get("calibrated", {}).items()}
-        print(_metrics_table({result["split"]: result["heads"] | calibrated}))
+        print(_metrics_table({result["split"]: result["heads"] | calibrated}, result["metric"]))
 
 
 @app.command()
@@ -263,7 +263,7 @@ def average(
         run, out=out, overwrite=overwrite, data_source=data, backbone=backbone, checkpoint=checkpoint
     )
     print(render(averaged))
-    print(_metrics_table(averaged.metrics))
+    print(_metrics_table(averaged.metrics, averaged.primary_metric))
     print(f"\nrun folder: {averaged.path}")
 
 
@@ -555,8 +555,10 @@ def _listed(text: str) -> list[str]:
     return [part.strip() for part in text.split(",") if part.strip()]
 
 
-def _metrics_table(metrics: dict[str, Any]) -> str:
-    columns = ("top1", "top5", "mean_per_class", "macro_f1", "nll", "ece", "coarse_top1")
+def _metrics_table(metrics: dict[str, Any], primary: str) -> str:
+    from tes.metrics import LOSSES, ordered
+
+    columns = ordered(primary)
     shown = [name for name in columns if any(name in heads[head] for heads in metrics.values() for head in heads)]
     width = max([8, *(len(head) + 2 for heads in metrics.values() for head in heads)])
     lines = [f"{'split':6}{'head':{width}}" + "".join(f"{name:>16}" for name in shown)]
@@ -565,7 +567,7 @@ def _metrics_table(metrics: dict[str, Any]) -> str:
             cells = []
             for name in shown:
                 value = figures.get(name)
-                plain = name in ("nll", "ece")
+                plain = name in LOSSES
                 cells.append("-" if value is None else f"{value:.3f}" if plain else f"{value:.1%}")
             lines.append(f"{split:6}{head:{width}}" + "".join(f"{cell:>16}" for cell in cells))
     return "\n".join(lines)

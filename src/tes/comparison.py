@@ -23,6 +23,7 @@ from pydantic import TypeAdapter, ValidationError
 from tes.data.source import counted
 from tes.errors import RunError
 from tes.files import read_json, write_atomic, write_json
+from tes.metrics import METRICS
 from tes.run import Run
 from tes.statistics import Answers, Effect, bootstrap_images, holm, paired, sentence
 
@@ -135,6 +136,11 @@ class Comparison:
         return next((rows for rows in by_arm if "source" in rows[0]), by_arm[0])
 
     @cached_property
+    def metric(self) -> str:
+        """The data's metric, in which all differences are: `mean_per_class` or `top1`."""
+        return self.run(self.plan.shots[0], self.plan.seeds[0], (*self.plan.arms, *self.plan.added)[0]).primary_metric
+
+    @cached_property
     def known(self) -> np.ndarray | None:
         """(C,) bool: which class names the source head knows; None where no arm used a text prior."""
         if "source" not in self.classes[0]:
@@ -211,6 +217,7 @@ def summarise(comparison: Comparison) -> dict[str, Any]:
     return {
         "format": FORMAT,
         "dataset": comparison.run(plan.shots[0], plan.seeds[0], everyone[0]).summary["data"],
+        "metric": comparison.metric,
         "split": plan.split,
         "protocol": plan.protocol,
         "num_trials": plan.num_trials,
@@ -227,18 +234,19 @@ def write_results(comparison: Comparison) -> None:
     """Write table.csv, trials.csv and, last, summary.json."""
     _write_csv(comparison.path / "table.csv", COLUMNS, table_rows(comparison))
     if comparison.plan.num_trials > 1:
-        columns = ("arm", "shots", "seed", "trial", "selected", "nll", "mean_per_class", "settings")
+        columns = ("arm", "shots", "seed", "trial", "selected", "nll", "mean_per_class", "top1", "settings")
         _write_csv(comparison.path / "trials.csv", columns, _trial_rows(comparison))
     write_json(comparison.path / "summary.json", summarise(comparison))
 
 
 def render(summary: Mapping[str, Any]) -> str:
-    """Return the comparison as text for people: mean per class over shots, differences, sentences."""
+    """Return the comparison as text for people: the data's metric over shots, differences, sentences."""
     shots = summary["shots"]
     width = max(len(arm) for arm in summary["arms"]) + 2
+    metric = summary_metric(summary)
     label = "test-selected, protocol `paper`" if summary["protocol"] == "paper" else "val-selected"
     lines = [
-        f"{summary['dataset']}: mean per class on {summary['split']} ({label}), %, mean (lowest to highest) over"
+        f"{summary['dataset']}: {METRICS[metric]} on {summary['split']} ({label}), %, mean (lowest to highest) over"
         f" {len(summary['seeds'])} seeds from {summary['seeds'][0]}; differences to `{BASELINE}` in points",
         "",
         f"{'shots':{width}}"
@@ -248,7 +256,7 @@ def render(summary: Mapping[str, Any]) -> str:
     for arm, entry in summary["arms"].items():
         cells = []
         for shot in shots:
-            figures = entry["figures"][shot]["mean_per_class"]
+            figures = entry["figures"][shot][metric]
             spread = f" ({100 * figures['low']:.1f} to {100 * figures['high']:.1f})" if figures["num"] > 1 else ""
             cells.append(f"{100 * figures['mean']:.1f}{spread}")
         effect = entry.get("effect")
@@ -266,6 +274,11 @@ def render(summary: Mapping[str, Any]) -> str:
     if not all(entry["typed"] for entry in summary["arms"].values()):
         lines.append("* added, to tell what the gain is owed to")
     return "\n".join([*lines, "", *summary["sentences"], *summary["notes"]])
+
+
+def summary_metric(summary: Mapping[str, Any]) -> str:
+    """Return the metric of a summary.json; those of the first days name none."""
+    return summary.get("metric", "mean_per_class")
 
 
 def _by_names(summary: Mapping[str, Any]) -> list[str]:
@@ -327,7 +340,7 @@ def _effects(comparison: Comparison, arms: Sequence[str], baseline: str) -> dict
             for shots in plan.shots
             for seed in plan.seeds
         ]
-        effects[arm] = Effect.of(over_seeds[arm], adjusted.get(arm), bootstrap_images(pairs))
+        effects[arm] = Effect.of(over_seeds[arm], adjusted.get(arm), bootstrap_images(pairs, comparison.metric))
     return effects
 
 
@@ -339,20 +352,24 @@ def _differences(
     is_single = set(shots) == {"all"} and {arm, baseline} <= set(plan.single)
     seeds = plan.seeds[:1] if is_single else plan.seeds
     values = [
-        np.mean([_mean_per_class(comparison, shot, seed, arm, chosen) for shot in shots])
-        - np.mean([_mean_per_class(comparison, shot, seed, baseline, chosen) for shot in shots])
+        np.mean([_score(comparison, shot, seed, arm, chosen) for shot in shots])
+        - np.mean([_score(comparison, shot, seed, baseline, chosen) for shot in shots])
         for seed in seeds
     ]
     return [float(value) for value in values], not is_single
 
 
-def _mean_per_class(comparison: Comparison, shots: str, seed: int, arm: str, chosen: np.ndarray | None = None) -> float:
+def _score(comparison: Comparison, shots: str, seed: int, arm: str, chosen: np.ndarray | None = None) -> float:
     answers = comparison.answers(shots, seed, arm)
     num_classes = len(comparison.classes)
     num_C = np.bincount(answers.labels, minlength=num_classes)
     correct_C = np.bincount(answers.labels, weights=answers.is_correct, minlength=num_classes)
     counted = num_C > 0 if chosen is None else (num_C > 0) & chosen
-    return float((correct_C[counted] / num_C[counted]).mean()) if counted.any() else float("nan")
+    if not counted.any():
+        return float("nan")
+    if comparison.metric == "top1":
+        return float(correct_C[counted].sum() / num_C[counted].sum())
+    return float((correct_C[counted] / num_C[counted]).mean())
 
 
 def _paired_only(
@@ -461,6 +478,7 @@ def _trial_rows(comparison: Comparison) -> Iterable[dict[str, Any]]:
                 "selected": number == summary["selected_trial"],
                 "nll": trial.get("nll"),
                 "mean_per_class": trial.get("mean_per_class"),
+                "top1": trial.get("top1"),
                 "settings": json.dumps(trial["settings"]),
             }
 

@@ -23,7 +23,7 @@ from tes.engine.loader import steps_per_epoch
 from tes.engine.scoring import out_of_fold, predict
 from tes.files import append_jsonl, write_atomic, write_json
 from tes.loaded import Loaded
-from tes.metrics import PRIMARY_METRIC, evaluate_split, image_losses
+from tes.metrics import evaluate_split, image_losses
 from tes.mistakes import worth_showing
 from tes.objectives import objectives
 from tes.objectives.base import Objective
@@ -192,7 +192,7 @@ def run_job(
         "refit": config.refit,
         "protocol": protocol.name,
         "default_head": shipped.learner.objective.default_head,
-        "primary_metric": PRIMARY_METRIC,
+        "primary_metric": dataset.metric,
         "data": dataset.name,
         "num_classes": dataset.num_classes,
         "num_train": len(train),
@@ -241,7 +241,7 @@ class _Attempt:
         figures: dict[str, Any] = {}
         if self.predictions is not None:
             scores = evaluate_split(self.predictions)[self.head]
-            figures = {"nll": scores["nll"], "mean_per_class": scores["mean_per_class"]}
+            figures = {name: scores[name] for name in ("nll", "mean_per_class", "top1")}
         return {"settings": self.settings} | figures
 
 
@@ -290,7 +290,8 @@ def _select(attempts: list[_Attempt], protocol: Protocol) -> int:
         return 0
     heads = [attempt.head for attempt in attempts]
     if protocol.name == "paper":
-        scores = [evaluate_split(said)[head][PRIMARY_METRIC] for said, head in zip(predictions, heads)]
+        metric = attempts[0].given.dataset.metric
+        scores = [evaluate_split(said)[head][metric] for said, head in zip(predictions, heads)]
         return int(np.argmax(scores))
     losses = [image_losses(said, head) for said, head in zip(predictions, heads)]
     return choose(losses)

@@ -20,10 +20,26 @@ from tes.files import write_atomic
 from tes.predictions import Predictions
 
 NUM_BINS = 15
-PRIMARY_METRIC = "mean_per_class"
+METRICS = {
+    "mean_per_class": "mean per class",
+    "top1": "top-1",
+    "top5": "top-5",
+    "macro_f1": "macro F1",
+    "coarse_top1": "coarse top-1",
+    "nll": "NLL",
+    "ece": "ECE",
+}
+"""What the figures are called where a person reads them."""
+LOSSES = ("nll", "ece")
+"""Those that are no shares of the images, and the better the lower."""
 PER_CLASS_COLUMNS = (
     "label", "name", "num_samples", "accuracy", "precision", "f1", "most_confused_with", "num_confused",
 )  # fmt: skip
+
+
+def ordered(primary: str) -> dict[str, str]:
+    """Return `METRICS` with the primary metric, which a data set names (`Dataset.metric`), first."""
+    return {primary: METRICS[primary]} | METRICS
 
 
 class NamedClass(Protocol):

@@ -222,6 +222,7 @@ def reopen_data(run: Run, data_source: str | None) -> Dataset:
         groups=[row.group or None for row in rows],
         sha1s=[row.sha1 for row in rows],
         source=_Recorded(source, where),
+        metric=run.primary_metric,
     )
 
 

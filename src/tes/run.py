@@ -19,7 +19,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -46,6 +46,7 @@ class _Recorded(BaseModel):
 
 
 class _Against(_Recorded):
+    metric: Literal["mean_per_class", "top1"] = "mean_per_class"
     difference: float
     num_samples: int
     interval: list[float] | None = Field(None, min_length=2, max_length=2)
@@ -59,6 +60,7 @@ class _Summary(_Recorded):
     protocol: str = ""
     data: str = ""
     default_head: str = ""
+    primary_metric: Literal["mean_per_class", "top1"] = "mean_per_class"
     num_train: int = 0
     num_val: int = 0
     num_test: int = 0
@@ -227,6 +229,11 @@ class Run:
     def metrics(self) -> dict[str, Any]:
         """Metrics per split and head, as recorded."""
         return self.summary.get("metrics", {})
+
+    @property
+    def primary_metric(self) -> str:
+        """The metric that selects and is reported first, `mean_per_class` or `top1`."""
+        return self.summary.get("primary_metric", "mean_per_class")
 
     def predictions(self, split: str) -> Predictions:
         """Return the saved predictions of `val` or `test` (of `train`: out of fold)."""

@@ -24,6 +24,7 @@ from tes.engine.mix import mixed
 from tes.engine.solve import HeadProblem, Prior, Solution
 from tes.engine.start import random_head
 from tes.files import sha256_text
+from tes.metrics import METRICS
 from tes.objectives import objectives
 from tes.objectives.base import Objective, ObjectiveContext
 
@@ -82,7 +83,7 @@ def fit(
         log: Called with rows for metrics.jsonl.
         evaluate: Scores the learner as it stands; called `num_evaluations` times over a training of the whole network.
         num_evaluations: How often.
-        keep_best: End with the weights that `evaluate` liked best (mean per class), not with the last ones.
+        keep_best: End with the weights that `evaluate` liked best (by the data's metric), not with the last ones.
     """
     seed_everything(config.seed)
     dataset, compute = given.dataset, given.features.compute
@@ -204,9 +205,9 @@ def _step(
         assert evaluate is not None
         heads = evaluate(learner)
         log({"split": "val", "step": step, "epoch": round(step / per_epoch, 4), "heads": heads})
-        shown = ", ".join(f"{head} {figures['mean_per_class']:.1%}" for head, figures in heads.items())
-        console.note(f"step {step}/{num_steps}: mean per class {shown}")
-        figure = heads[learner.objective.default_head]["mean_per_class"]
+        shown = ", ".join(f"{head} {figures[dataset.metric]:.1%}" for head, figures in heads.items())
+        console.note(f"step {step}/{num_steps}: {METRICS[dataset.metric]} {shown}")
+        figure = heads[learner.objective.default_head][dataset.metric]
         if keep_best and figure > best["figure"]:
             state = {name: tensor.detach().cpu().clone() for name, tensor in learner.state_dict().items()}
             best.update(figure=figure, state=state)

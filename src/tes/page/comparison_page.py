@@ -12,10 +12,10 @@ from typing import Any
 
 import numpy as np
 
-from tes.comparison import BASELINE, Comparison
+from tes.comparison import BASELINE, Comparison, summary_metric
 from tes.data.source import Source, counted
 from tes.errors import RunError
-from tes.metrics import CalibrationBins, calibration_bins
+from tes.metrics import METRICS, CalibrationBins, calibration_bins
 from tes.mistakes import NUM_PAIRS, NUM_PER_PAIR
 from tes.page.charts import NUM_STYLES, Bar, Series, bar_chart, line_chart, reliability_chart
 from tes.page.parts import (
@@ -84,6 +84,16 @@ class Findings:
     def rivals(self) -> list[str]:
         """The arms that the user asked about: typed, and not the baseline."""
         return [arm for arm in self.plan.arms if arm != BASELINE]
+
+    @cached_property
+    def metric(self) -> str:
+        """The data's metric."""
+        return summary_metric(self.summary)
+
+    @cached_property
+    def title(self) -> str:
+        """Its name at the beginning of a line."""
+        return METRICS[self.metric].capitalize()
 
     @cached_property
     def names(self) -> list[str]:
@@ -232,9 +242,9 @@ def _curves(found: Findings) -> dict[str, Any]:
     told = "; ".join(f"{one.name}: {', '.join(percent(y) for _, y in one.points)}" for one in series)
     charts = [
         {
-            "title": f"Mean per class on {found.plan.split}",
+            "title": f"{found.title} on {found.plan.split}",
             "chart": line_chart(
-                "accuracy-chart", "Mean per class over shots", told, series, ticks, "images per class", _whole
+                "accuracy-chart", f"{found.title} over shots", told, series, ticks, "images per class", _whole
             ),
         }
     ]
@@ -245,7 +255,7 @@ def _curves(found: Findings) -> dict[str, Any]:
             _points, zero=True,
         )  # fmt: skip
         charts.append({"title": f"Difference to {BASELINE}, points, paired by seed", "chart": drawn})
-    columns = ["arm", "shots", "mean per class", "95 % over seeds", f"difference to {BASELINE}", "95 % paired"]
+    columns = ["arm", "shots", METRICS[found.metric], "95 % over seeds", f"difference to {BASELINE}", "95 % paired"]
     return {"charts": charts, "table": Table("The same in numbers", columns, rows, frozenset({0}))}
 
 
@@ -258,7 +268,7 @@ def _points(value: float) -> str:
 
 
 def _values(found: Findings, arm: str, shots: str) -> list[float]:
-    values = [float(row["mean_per_class"]) for row in found.rows if row["arm"] == arm and row["shots"] == shots]
+    values = [float(row[found.metric]) for row in found.rows if row["arm"] == arm and row["shots"] == shots]
     if not values:
         raise RunError(f"table.csv has no row of `{arm}` at {shots} shots.")
     return values
@@ -272,7 +282,7 @@ def _figures(found: Findings) -> dict[str, Any]:
         means = {name: np.mean([entry["figures"][shot][name]["mean"] for shot in shots]) for name in ("nll", "ece")}
         effect = entry.get("effect")
         row: list[Cell | str] = [arm + ("" if entry["typed"] else " *"), str(entry["start"])]
-        row += [f"{100 * entry['figures'][shot]['mean_per_class']['mean']:.1f}" for shot in shots]
+        row += [f"{100 * entry['figures'][shot][found.metric]['mean']:.1f}" for shot in shots]
         row.append(f"{points(effect['mean'])} ({interval(effect['low'], effect['high'])})" if effect else MISSING)
         # Of an added arm nobody asked whether it helps, so it has no part in the correction for several questions.
         row.append(str(effect["verdict"]) if effect and entry["typed"] else MISSING)
@@ -285,7 +295,7 @@ def _figures(found: Findings) -> dict[str, Any]:
     added = any(not entry["typed"] for entry in found.summary["arms"].values())
     return {
         "table": Table(
-            "Mean per class, %; differences in points, over all shots, with 95 % intervals over seeds and over images",
+            f"{found.title}, %; differences in points, over all shots, with 95 % intervals over seeds and over images",
             columns,
             rows,
             texts,

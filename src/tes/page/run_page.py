@@ -12,7 +12,7 @@ import numpy as np
 from tes.data.source import Source
 from tes.doubts import Doubt, doubts
 from tes.errors import RunError
-from tes.metrics import calibration_bins, per_class_table
+from tes.metrics import LOSSES, METRICS, calibration_bins, ordered, per_class_table
 from tes.mistakes import NUM_PER_PAIR, confusions, mistakes
 from tes.page.charts import NUM_STYLES, Series, heat_map, line_chart, nice_ticks, reliability_chart
 from tes.page.parts import (
@@ -34,15 +34,6 @@ from tes.run import Run
 from tes.statistics import judged
 
 HEADS = {"vision": "vision head", "text": "text head", "both": "both, averaged"}
-METRICS = {
-    "mean_per_class": "mean per class",
-    "top1": "top-1",
-    "top5": "top-5",
-    "macro_f1": "macro F1",
-    "coarse_top1": "coarse top-1",
-    "nll": "NLL",
-    "ece": "ECE",
-}
 NUM_DOUBTS = 24
 NUM_DOUBTS_WITH_PHOTOS = 96
 NUM_SURE = 12
@@ -148,12 +139,15 @@ def headline(found: Findings) -> list[str]:
     scores = found.run.metrics.get(found.split, {}).get(found.head)
     if not isinstance(scores, dict):
         return ["This run records no figures."]
-    num_classes = len(found.run.classes)
+    num_classes, metric = len(found.run.classes), found.run.primary_metric
     first = (
-        f"The model reaches {percent(scores['mean_per_class'])} mean per class on {found.split} ({num_classes} classes,"
+        f"The model reaches {percent(scores[metric])} {METRICS[metric]} on {found.split} ({num_classes} classes,"
         f" {summary.get(f'num_{found.split}', '?')} images), after training on {summary.get('num_train', '?')} images."
     )
-    return [first, *_against(summary.get("against"), str(summary.get("arm")))]
+    said = [first, *_against(summary.get("against"), str(summary.get("arm")))]
+    if summary.get("protocol") == "paper":
+        said.append("Test-selected: trained on train and val, and chosen on test, as the authors' code does.")
+    return said
 
 
 def _against(against: Any, arm: str) -> list[str]:
@@ -161,10 +155,11 @@ def _against(against: Any, arm: str) -> list[str]:
         return []
     difference, ends = against["difference"], against.get("interval")
     low, high = ends or (-1, 1)
+    metric = METRICS[against.get("metric", "mean_per_class")]
     sure = f" (95 % {points(ends[0])} to {points(ends[1])})" if ends else ""
     return [
         f"Against plain fine-tuning on {against['num_samples']} validation images, `{arm}` is {points(difference)}"
-        f" points mean per class{sure}: {judged(low, high)}. One draw; a comparison tells how sure."
+        f" points {metric}{sure}: {judged(low, high)}. One draw; a comparison tells how sure."
     ]
 
 
@@ -200,8 +195,11 @@ def _tiles(found: Findings) -> list[tuple[str, str, str]]:
     if not isinstance(scores, dict):
         return []
     tiles = [
-        ("mean per class", percent(scores.get("mean_per_class")), f"{found.split}, {HEADS[found.head]}"),
-        ("top-1", percent(scores.get("top1")), f"{found.split}, {HEADS[found.head]}"),
+        *(
+            (METRICS[name], percent(scores.get(name)), f"{found.split}, {HEADS[found.head]}")
+            for name in ordered(found.run.primary_metric)
+            if name in ("mean_per_class", "top1")
+        ),
         ("calibration error", figure(scores.get("ece")), "ECE; 0 is perfect"),
     ]
     against = found.run.summary.get("against")
@@ -214,13 +212,13 @@ def _figures(found: Findings) -> dict[str, Any]:
     metrics = found.run.metrics
     if not metrics:
         return "run.json records no figures."
-    shown = [name for name in METRICS if any(figures.get(name) is not None for heads in metrics.values()
-             for figures in heads.values())]  # fmt: skip
+    scored = [figures for heads in metrics.values() for figures in heads.values()]
+    shown = [name for name in ordered(found.run.primary_metric) if any(row.get(name) is not None for row in scored)]
     rows = []
     for split, heads in metrics.items():
         for head, figures in heads.items():
             row: list[Cell | str] = [split, HEADS.get(head, head) + (" (shipped)" if head == found.head else "")]
-            row += [(figure if name in ("nll", "ece") else percent)(figures.get(name)) for name in shown]
+            row += [(figure if name in LOSSES else percent)(figures.get(name)) for name in shown]
             rows.append(row)
     columns = ["split", "head", *(METRICS[name] for name in shown)]
     refit = found.run.summary.get("refit", "none")
@@ -465,14 +463,17 @@ def _training(found: Findings) -> dict[str, Any] | str:
                     losses.setdefault(name, []).append((float(row["step"]), float(value)))
     if not losses:
         return "The head was solved to its optimum in one go, so there is no curve."
+    metric = found.run.primary_metric
     val: dict[str, list[tuple[float, float]]] = {}
     for row in own:
         if row.get("split") == "val":
             for head, figures in row["heads"].items():
-                val.setdefault(HEADS.get(head, head), []).append((float(row["step"]), float(figures["mean_per_class"])))
+                val.setdefault(HEADS.get(head, head), []).append((float(row["step"]), float(figures[metric])))
     charts = [_curves("loss-chart", "Training losses", losses, lambda value: f"{value:g}")]
     if any(len(dots) > 1 for dots in val.values()):
-        charts.append(_curves("val-chart", "Mean per class on val", val, lambda value: f"{100 * value:.3g} %"))
+        charts.append(
+            _curves("val-chart", f"{METRICS[metric].capitalize()} on val", val, lambda value: f"{100 * value:.3g} %")
+        )
     table = Table(
         "Losses by step",
         ["loss", "step", "value"],

@@ -38,7 +38,7 @@ from tes.engine.scoring import predict
 from tes.engine.solve import Solution
 from tes.errors import RunError
 from tes.files import append_jsonl, read_json, sha256_file, user_path, write_atomic, write_json
-from tes.metrics import evaluate_split
+from tes.metrics import METRICS, evaluate_split
 from tes.mistakes import worth_showing
 from tes.predictions import Predictions
 from tes.reopen import Reopened, reopen, section
@@ -98,14 +98,11 @@ def average(
 def render(run: Run) -> str:
     """Return the course over α on val as a person reads it, and what was chosen."""
     averaged = run.summary["averaged"]
-    lines = [
-        f"{'α':>4}{'NLL':>8}{'calibrated':>12}{'mean per class':>16}   on {run.summary['num_val']} validation images"
-    ]
+    metric, num_val = run.primary_metric, run.summary["num_val"]
+    lines = [f"{'α':>4}{'NLL':>8}{'calibrated':>12}{METRICS[metric]:>16}   on {num_val} validation images"]
     for row in averaged["val"]:
         mark = "  <" if row["alpha"] == averaged["alpha"] else ""
-        lines.append(
-            f"{row['alpha']:4.1f}{row['nll']:8.3f}{row['calibrated_nll']:12.3f}{row['mean_per_class']:16.1%}{mark}"
-        )
+        lines.append(f"{row['alpha']:4.1f}{row['nll']:8.3f}{row['calibrated_nll']:12.3f}{row[metric]:16.1%}{mark}")
     if averaged["alpha"] == 1:
         lines.append("α = 1, the run itself: no other is better by more than one standard error")
     if averaged["num_norm_images"]:
@@ -221,6 +218,7 @@ def _row(alpha: float, predictions: Predictions) -> dict[str, float]:
         "nll": figures["nll"],
         "calibrated_nll": float(calibrated_losses(predictions).mean()),
         "mean_per_class": figures["mean_per_class"],
+        "top1": figures["top1"],
     }
 
 

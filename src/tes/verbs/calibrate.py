@@ -7,7 +7,7 @@ from typing import Any
 
 from tes.calibration import Calibration
 from tes.errors import RunError
-from tes.metrics import evaluate_split
+from tes.metrics import METRICS, evaluate_split
 from tes.run import Run
 
 
@@ -17,7 +17,8 @@ def calibrate(run: Run | str | Path) -> dict[str, Any]:
     From then on `tes predict` gives calibrated probabilities; what it predicts stays.
 
     Returns:
-        {"num_samples", "temperature", "text_weight", "notes", "splits": {split: {"before": {head: metrics}, "after"}}}.
+        {"num_samples", "metric" (the data's), "temperature", "text_weight", "notes",
+        "splits": {split: {"before": {head: metrics}, "after"}}}.
         Test is reported only, where the run has predictions for it.
 
     Raises:
@@ -34,6 +35,7 @@ def calibrate(run: Run | str | Path) -> dict[str, Any]:
     said = {split: run.predictions(split) for split in splits}
     result = {
         "num_samples": fitted.num_samples,
+        "metric": run.primary_metric,
         "temperature": dict(fitted.temperature),
         "text_weight": fitted.text_weight,
         "notes": dict(fitted.notes),
@@ -48,6 +50,7 @@ def calibrate(run: Run | str | Path) -> dict[str, Any]:
 
 def render(result: dict[str, Any]) -> str:
     """Return the result as a person reads it."""
+    metric = result["metric"]
     lines = [f"fitted to {result['num_samples']} validation images"]
     if result["num_samples"] < FEW:
         lines[0] += f": fewer than {FEW}, so a temperature is a rough guess"
@@ -57,13 +60,13 @@ def render(result: dict[str, Any]) -> str:
         lines.append(f"ensemble: {result['text_weight']:.2f} text + {1 - result['text_weight']:.2f} vision")
     lines += [
         "",
-        f"{'split':6}{'head':10}{'NLL':>8}{'after':>8}{'ECE':>8}{'after':>8}{'mean per class':>16}{'after':>8}",
+        f"{'split':6}{'head':10}{'NLL':>8}{'after':>8}{'ECE':>8}{'after':>8}{METRICS[metric]:>16}{'after':>8}",
     ]
     for split, scores in result["splits"].items():
         for head, after in scores["after"].items():
             before = scores["before"].get(head)
             cells = [f"{split:6}{head:10}"]
-            for name, width, shape in (("nll", 8, ".3f"), ("ece", 8, ".3f"), ("mean_per_class", 16, ".1%")):
+            for name, width, shape in (("nll", 8, ".3f"), ("ece", 8, ".3f"), (metric, 16, ".1%")):
                 cells.append(f"{'-' if before is None else format(before[name], shape):>{width}}")
                 cells.append(f"{format(after[name], shape):>8}")
             lines.append("".join(cells))

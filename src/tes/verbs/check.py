@@ -12,6 +12,7 @@ from tes.config import Config
 from tes.engine.features import compute_features
 from tes.errors import listing
 from tes.loaded import Loaded
+from tes.metrics import METRICS
 from tes.objectives import objectives
 from tes.settle import check_needs, settle
 
@@ -58,7 +59,7 @@ def check(config: Config) -> dict[str, Any]:
     return {
         "data": dataset.name,
         "num_classes": dataset.num_classes,
-        "metric": "mean_per_class",
+        "metric": dataset.metric,
         "splits": {split: len(dataset.indices(split)) for split in ("train", "val", "test")},
         "classes": [
             {"class": info.label, "name": info.name, "num_images": int(count)}
@@ -84,7 +85,7 @@ def render(result: dict[str, Any]) -> str:
     splits = ", ".join(f"{count} {split}" for split, count in result["splits"].items())
     counts = [row["num_images"] for row in result["classes"]]
     lines = [
-        f"{result['data']}: {result['num_classes']} classes, {splits} images; metric {result['metric']}",
+        f"{result['data']}: {result['num_classes']} classes, {splits} images; metric: {METRICS[result['metric']]}",
         f"images per class: {min(counts)} to {max(counts)}",
         "class names: " + listing([f"{row['class']} → {row['name']}" for row in result["classes"]], 6),
     ]

@@ -34,8 +34,9 @@ def evaluate(
         network: The module itself, likewise.
 
     Returns:
-        {"split", "num_samples", "default_head", "heads": {head: {metric: fraction}}}; with `data_source` also "data";
-        after `tes calibrate` also "calibrated": as "heads", with `ensemble` where there are two.
+        {"split", "num_samples", "default_head", "metric" (the training data's), "heads": {head: {metric: fraction}}};
+        with `data_source` also "data"; after `tes calibrate` also "calibrated": as "heads", with `ensemble` where
+        there are two.
     """
     run = run if isinstance(run, Run) else Run.open(run)
     result: dict[str, Any] = {"split": split}
@@ -60,6 +61,7 @@ def evaluate(
     return result | {
         "num_samples": len(predictions.labels),
         "default_head": run.summary.get("default_head", "vision"),
+        "metric": run.primary_metric,
         "heads": heads,
     }
 
