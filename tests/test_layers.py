@@ -11,7 +11,7 @@ import pytest
 
 SOURCE = Path(__file__).parents[1] / "src" / "tes"
 ROOMS = [
-    {"errors", "files", "registry", "console"},
+    {"errors", "files", "registry", "console", "interruption"},
     {"config"},
     {"metrics", "predictions", "statistics", "hub", "demo_images"}
     | {"calibration", "diagnosis", "dot_plot", "doubts", "mistakes"},
@@ -19,7 +19,7 @@ ROOMS = [
     {"text", "models"},
     {"objectives"},
     {"engine"},
-    {"run", "run_writer", "card", "settle", "search"},
+    {"run", "run_writer", "card", "settle", "search", "resume"},
     {"comparison", "loaded", "reopen"},
     {"against", "page"},
     {"job"},

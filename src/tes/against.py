@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from tes.config import Config
+from tes.engine.checkpoint import Checkpoint
 from tes.engine.features import FrozenFeatures
 from tes.engine.fit import Given, fit
 from tes.engine.learner import Learner
@@ -29,13 +30,16 @@ def against_ce(
     learner: Learner,
     frozen: FrozenFeatures | None,
     log: Callable[[dict[str, Any]], None],
+    checkpoint: Checkpoint | None = None,
 ) -> dict[str, Any]:
     """Train `ce` from `probe` on the same images and compare the two on val, image by image."""
     # Settled anew: `ce` from a probe has learning rates, and a weight decay, of its own.
     own = {key: _default(key) for key, value in asked.objective.defaults.items() if asked.value(key) == value}
     plain = asked.replace({"objective": {"name": "ce"}, "start": "probe"} | own)
     plain = settle(plain, given.dataset, loaded.backbone, objectives.get("ce"), loaded.source_text, len(train)).config
-    other = fit(plain, replace(given, prior=None), train, log=lambda row: log(row | {"arm": "ce"})).learner
+    other = fit(
+        plain, replace(given, prior=None), train, log=lambda row: log(row | {"arm": "ce"}), checkpoint=checkpoint
+    ).learner
     ours, theirs = (predict(which, given.dataset, choosing, frozen) for which in (learner, other))
     head, metric = learner.objective.default_head, given.dataset.metric
     pair = (Answers.of(ours, head), Answers.of(theirs, "vision"))

@@ -11,7 +11,9 @@ import io
 import json
 import os
 import shlex
+import signal
 import sys
+import threading
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
@@ -19,7 +21,7 @@ from typing import Annotated, Any
 import typer
 
 from tes import __version__
-from tes.errors import ConfigError, TesError
+from tes.errors import ConfigError, Interrupted, TesError
 
 app = typer.Typer(
     name="tes",
@@ -124,6 +126,9 @@ def train(
     ] = None,
     out: Annotated[str | None, typer.Option(help="Run folder; default: runs/<data>-<arm>-<n>.")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the run in --out.")] = False,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on with the run in --out, or with the last one; else begin it.")
+    ] = False,
     config: ConfigFile = None,
     assignments: Assignments = None,
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
@@ -157,7 +162,11 @@ def train(
 
     if against not in (None, "ce"):
         raise ConfigError(f"--against is ce (got `{against}`); `tes compare` takes any arms.")
-    run = train_run(settings, overwrite=overwrite, against=True if against else None)
+    try:
+        run = train_run(settings, overwrite=overwrite, resume=resume, against=True if against else None)
+    except Interrupted as stopped:
+        print(f"interrupted; this goes on from here:\n  {_goes_on(settings, *stopped.args)}", file=sys.stderr)
+        raise typer.Exit(75) from None
     print(_metrics_table(run.metrics, run.primary_metric))
     print(f"\nrun folder: {run.path}")
     own = f" --backbone {settings.backbone.name}" if ":" in settings.backbone.name else ""
@@ -473,6 +482,8 @@ def demo(
 def main() -> None:
     """Run the command line; turn every error into one sentence and an exit code."""
     debug = "--debug" in sys.argv
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, signal.default_int_handler)  # tidy up as after Ctrl-C
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # file names need not be UTF-8; in JSON this is the escape
     try:
@@ -549,6 +560,13 @@ def _same_data(settings: Any) -> str:
         "--train": settings.train if settings.train != "auto" else None,
     }
     return "".join(f" {flag} {shlex.quote(str(value))}" for flag, value in flags.items() if value is not None)
+
+
+def _goes_on(settings: Any, folder: Path) -> str:
+    """Return the command that was given, as one that goes on with its run."""
+    given = [argument for argument in sys.argv[1:] if argument not in ("--overwrite", "--resume")]
+    out = [] if settings.out else ["--out", str(folder)]
+    return shlex.join(["tes", *given, *out, "--resume"])
 
 
 def _listed(text: str) -> list[str]:

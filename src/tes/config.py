@@ -229,6 +229,16 @@ class AugmentConfig(Settings):
         return alpha
 
 
+class CheckpointConfig(Settings):
+    """How often the state of a training that takes steps is saved, so that `--resume` can go on from it."""
+
+    every_minutes: Annotated[float, Field(gt=0)] | None = Field(
+        5.0,
+        description="what a crash may cost; an epoch's end saves as well, where that takes little of the time; None:"
+        " save only when interrupted",
+    )
+
+
 PRIOR_STARTS = ("prior", "probe+prior", "probe+lookup", "probe+permuted")
 """The starts that use the text prior; the last two are controls that a comparison holds against it."""
 
@@ -250,6 +260,7 @@ class Config(Settings):
     optim: OptimConfig = OptimConfig()
     image: ImageConfig = ImageConfig()
     augment: AugmentConfig = AugmentConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     memory_format: Literal["auto", "contiguous", "channels_last"] = "auto"
     refit: Literal["auto", "none", "trainval", "all"] = Field(

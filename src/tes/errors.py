@@ -37,6 +37,10 @@ class TrainingError(TesError):
     """Training cannot go on, for example because the loss is no longer finite."""
 
 
+class Interrupted(KeyboardInterrupt):
+    """A run was interrupted and can go on (exit code 75); the only argument is its folder."""
+
+
 class MissingExtraError(TesError, ImportError):
     """An optional package is not installed; the message names the extra that brings it."""
 

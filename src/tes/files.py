@@ -51,6 +51,7 @@ def replacing(path: Path) -> Iterator[Path]:
             os.fsync(written.fileno())
         temporary.chmod(0o666 & ~_umask())
         temporary.replace(path)
+        _sync_folder(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -91,6 +92,16 @@ def sha256_file(path: Path) -> str:
 def sha256_text(*parts: object) -> str:
     """Return one SHA-256 over several parts; ("ab", "c") and ("a", "bc") differ."""
     return hashlib.sha256(json.dumps([str(part) for part in parts]).encode()).hexdigest()
+
+
+def _sync_folder(folder: Path) -> None:
+    # Until then a power loss may undo the renaming. Not every system opens a folder.
+    with contextlib.suppress(OSError):
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
 
 
 def _umask() -> int:

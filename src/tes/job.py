@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import time
 from collections.abc import Callable, Iterable, MutableMapping
 from dataclasses import dataclass, replace
@@ -13,15 +14,17 @@ import numpy as np
 import torch
 
 from tes import against as against_room
-from tes import console, data, run_writer, text
+from tes import console, data, resume, run_writer, text
 from tes.card import model_card
 from tes.config import PRIOR_STARTS, Config, DataConfig
 from tes.data.dataset import Dataset
+from tes.engine.checkpoint import Checkpoint
 from tes.engine.fit import Fitted, Given, fit
 from tes.engine.learner import Learner
 from tes.engine.loader import steps_per_epoch
 from tes.engine.scoring import out_of_fold, predict
-from tes.files import append_jsonl, write_atomic, write_json
+from tes.errors import RunError
+from tes.files import append_jsonl, sha256_text, write_atomic, write_json
 from tes.loaded import Loaded
 from tes.metrics import evaluate_split, image_losses
 from tes.mistakes import worth_showing
@@ -83,19 +86,22 @@ def run_job(
     store: MutableMapping[str, Any] | None = None,
     shared: run_writer.Shared | None = None,
     against: bool | None = None,
+    goes_on: bool = False,
     on_ready: Callable[[], None] = lambda: None,
 ) -> None:
-    """Settle, fit, score and write one run into an empty folder.
+    """Settle, fit, score and write one run into an empty folder, or one that holds its beginning.
 
     Args:
         config: As the user left it; gaps are decided here.
         loaded: The data and the backbone that it names.
-        folder: Exists and is empty.
+        folder: Exists, and is empty unless the run goes on.
         protocol: How it is chosen and scored.
         store: What arms share, see `Given`.
         shared: Where a cell of a comparison keeps what it has in common with the others.
         against: Train `ce` from `probe` as well and say how far the run is from it on val; None: where it takes
             seconds, with `train: head`.
+        goes_on: The folder holds the beginning of this very run. Everything is done again but the steps of trainings
+            that `state/` has.
         on_ready: Called when everything that can be refused has been, and work worth keeping begins.
 
     Raises:
@@ -107,9 +113,13 @@ def run_job(
     dataset = data.draw(loaded.dataset, config.data, config.seed)
     describe(dataset)
     train, choosing = protocol.training(dataset), protocol.choosing(dataset)
+    if goes_on:
+        config = resume.as_begun(config, folder)
     asked = config
     settled = settle(config, dataset, loaded.backbone, objective_class, loaded.source_text, len(train))
     config, compute = settled.config, settled.compute
+    if goes_on:
+        resume.refuse_other(config, folder)
     class_text = None
     if "class_text" in objective_class.needs or config.start in PRIOR_STARTS:
         class_text = loaded.class_text(config.text)
@@ -125,6 +135,14 @@ def run_job(
     rows_CD = torch.from_numpy(class_text.Z) if class_text is not None else None
     given = Given(dataset, features, rows_CD, loaded.prior(config), {} if store is None else store)
     sources = loaded.nearest() if config.start in PRIOR_STARTS else None
+    content = {
+        "images": sha256_text(dataset.paths, dataset.labels.tolist(), dataset.splits.tolist(), dataset.sha1s),
+        "weights": loaded.backbone.fingerprint,
+        "texts": "" if class_text is None else sha256_text(class_text.Z.tobytes().hex()),
+    }
+    if goes_on:
+        resume.refuse_other_content(folder, content)
+        (folder / "metrics.jsonl").unlink(missing_ok=True)  # its rows up to the saved state are logged again from there
     run_writer.write_inputs(folder, config, loaded.backbone.images)
     run_writer.write_classes(folder, dataset, class_text, sources)
     kept: dict[str, str] = {}
@@ -133,8 +151,16 @@ def run_job(
     else:
         draw = (config.data.shots, config.data.fraction, config.seed)
         kept["splits.csv"] = shared.keep("splits.csv", draw, lambda path: run_writer.write_splits(path, dataset))
+    if config.train != "head":
+        resume.begin(folder, content)
     on_ready()
-    log = partial(append_jsonl, folder / "metrics.jsonl")
+    log = partial(_append, folder / "metrics.jsonl")
+
+    def checkpoint(name: str) -> Checkpoint:
+        timing = partial(_log_save, folder / "timing.jsonl", name)
+        path = folder / "state" / f"{name}.safetensors" if config.train != "head" else None
+        return Checkpoint(path, config.checkpoint, timing)
+
     said: dict[str, Predictions] = {}
     if shared is None and config.start != "random" and len(train):
         said["train"] = out_of_fold(config, given)
@@ -146,8 +172,9 @@ def run_job(
 
     attempts: list[_Attempt] = []
     selected = 0
-    for settings in draw_trials(space(config, objective_class), protocol.num_trials):
-        attempts.append(_attempt(config, settings, loaded, given, train, choosing, protocol, log, score))
+    for number, settings in enumerate(draw_trials(space(config, objective_class), protocol.num_trials)):
+        kept_in = checkpoint(f"trial-{number}")
+        attempts.append(_attempt(config, settings, loaded, given, train, choosing, protocol, log, score, kept_in))
         selected = _select(attempts, protocol)
         # The networks of those that can no longer be chosen are let go of.
         attempts = [
@@ -176,7 +203,8 @@ def run_job(
         splits = ("train", "val") if config.refit == "trainval" else ("train", "val", "test", "unused")
         console.note(f"refit on {' + '.join(splits)}; all figures are those before the refit")
         everything = np.sort(np.concatenate([dataset.indices(split) for split in splits]))
-        shipped = fit(config, given, everything, log=lambda row: log(row | {"refit": True}))
+        log_refit = partial(_log_more, log, {"refit": True})
+        shipped = fit(config, given, everything, log=log_refit, checkpoint=checkpoint("refit"))
     else:
         shipped = fitted
     if shipped.trust_C is not None:
@@ -219,11 +247,25 @@ def run_job(
     is_plain = config.objective.name == "ce" and config.start == "probe"
     wanted = config.train == "head" if against is None else against
     if wanted and not is_plain and len(choosing) and len(train):
-        summary["against"] = against_room.against_ce(asked, loaded, given, train, choosing, fitted.learner, frozen, log)
+        summary["against"] = against_room.against_ce(
+            asked, loaded, given, train, choosing, fitted.learner, frozen, log, checkpoint("against")
+        )
         console.note(against_room.render(arm, summary["against"]))
     write_atomic(folder / "README.md", model_card(dataset.classes, summary, config.seed, objective_class.citation))
     append_jsonl(folder / "timing.jsonl", {"seconds": round(time.monotonic() - began, 3)})
     write_json(folder / "run.json", summary)
+    shutil.rmtree(folder / "state", ignore_errors=True)
+
+
+def _append(path: Path, row: dict[str, Any]) -> None:
+    try:
+        append_jsonl(path, row)
+    except OSError as problem:
+        raise RunError(f"`{path}` cannot be written: {problem.strerror or problem}.") from None
+
+
+def _log_save(path: Path, name: str, step: int, seconds: float, num_bytes: int) -> None:
+    _append(path, {"saved": name, "step": step, "seconds": round(seconds, 4), "bytes": num_bytes})
 
 
 @dataclass(frozen=True)
@@ -255,6 +297,7 @@ def _attempt(
     protocol: Protocol,
     log: Callable[[dict[str, Any]], None],
     score: Callable[[Learner], dict[str, Any]],
+    checkpoint: Checkpoint,
 ) -> _Attempt:
     if settings:
         if "optim.learning_rate" in settings:
@@ -263,11 +306,12 @@ def _attempt(
             settings = settings | {"optim.head_learning_rate": ratio * settings["optim.learning_rate"]}
         config = config.replace(settings)
         given = replace(given, prior=loaded.prior(config))
-        log = partial(_log_trial, log, settings)
+        log = partial(_log_more, log, {"trial": settings})
     paper = protocol.name == "paper"
     fitted = fit(
         config, given, train, log=log, evaluate=score if len(choosing) else None, keep_best=paper,
         num_evaluations=max(1, _num_epochs(config, len(train)) // PAPER_EPOCHS) if paper else 5,
+        checkpoint=checkpoint,
     )  # fmt: skip
     predictions = None
     if len(choosing) and protocol.num_trials > 1:
@@ -276,8 +320,8 @@ def _attempt(
     return _Attempt(settings, config, given, fitted, fitted.learner.objective.default_head, predictions)
 
 
-def _log_trial(log: Callable[[dict[str, Any]], None], settings: dict[str, Any], row: dict[str, Any]) -> None:
-    log(row | {"trial": settings})
+def _log_more(log: Callable[[dict[str, Any]], None], more: dict[str, Any], row: dict[str, Any]) -> None:
+    log(row | more)
 
 
 def _num_epochs(config: Config, num_images: int) -> int:

@@ -3,6 +3,7 @@
 run.json (written last)  config.yaml  env.json  classes.json  metrics.jsonl  timing.jsonl  splits.csv
 predictions/{train,val,test}.npz  per_class_{val,test}.csv  model.safetensors  preprocess.json
 text_head.safetensors  start_head.safetensors  thumbnails/  README.md
+until it is finished: state/ (what a training goes on from), .lock (who is writing)
 later: calibration.json (`tes calibrate`)  diagnosis.{json,svg} (`tes diagnose`)  report.html  doubts.csv (`tes report`)
 
 A cell of a comparison leaves out what all cells share: run.json names those files (`shared`), by content, and they lie
@@ -13,6 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import csv
+import os
 import re
 import shutil
 from collections.abc import Iterator
@@ -25,7 +27,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from tes.config import NOT_YAML
-from tes.errors import RunError, did_you_mean, listing
+from tes.errors import RunError, TrainingError, did_you_mean, listing
 from tes.files import read_json, user_path
 from tes.predictions import Predictions
 
@@ -33,7 +35,7 @@ FORMAT = 1
 CONTENTS = frozenset(
     {"run.json", "config.yaml", "env.json", "classes.json", "metrics.jsonl", "timing.jsonl", "splits.csv", "README.md"}
     | {"predictions", "per_class_val.csv", "per_class_test.csv", "thumbnails", "preprocess.json"}
-    | {"model.safetensors", "text_head.safetensors", "start_head.safetensors", "head.safetensors"}
+    | {"model.safetensors", "text_head.safetensors", "start_head.safetensors", "head.safetensors", "state"}
     | {"calibration.json", "diagnosis.json", "diagnosis.svg", "report.html", "doubts.csv"}
 )
 """All that a run folder holds: a folder with anything else in it is never replaced."""
@@ -266,6 +268,61 @@ def refuse_out_among_images(out: Path, source: Path) -> None:
         )
 
 
+@contextlib.contextmanager
+def exclusive(folder: Path) -> Iterator[None]:
+    """Hold a folder against other processes.
+
+    The lock is the operating system's, on the file `.lock`, so that it ends with the process, however that ends. Where
+    there is none (Windows, some network drives), nothing is held.
+
+    Raises:
+        RunError: Another process holds it, or the folder cannot be written.
+    """
+    try:
+        import fcntl
+    except ImportError:
+        yield
+        return
+    path = folder / ".lock"
+    try:
+        file = path.open("a")
+    except OSError as problem:
+        raise RunError(f"The folder `{folder}` cannot be written: {problem.strerror}.") from None
+    with file:
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # unlike flock's, the children do not inherit it
+            is_ours = os.fstat(file.fileno()).st_nlink > 0  # else its owner has just finished, and removed it
+        except (BlockingIOError, PermissionError):
+            is_ours = False
+        except OSError:
+            is_ours = True
+        if not is_ours:
+            raise RunError(
+                f"Another process is writing `{folder}`; wait until it has finished, or choose another --out."
+            )
+        try:
+            yield
+        finally:
+            path.unlink(missing_ok=True)
+
+
+def is_unfinished(folder: Path) -> bool:
+    """Whether a run was begun here and has not been finished."""
+    return (folder / "config.yaml").is_file() and not (folder / "run.json").is_file()
+
+
+def newest(out: str | None, stem: str) -> Path | None:
+    """Return the run that `--resume` means: `out`, or the last of `runs/<stem>-<n>`; None where there is none."""
+    if out is not None:
+        path = user_path(out)
+        return path if is_unfinished(path) or (path / "run.json").is_file() else None
+    pattern = re.compile(re.escape(_safe(stem)) + r"-(\d+)")
+    folders = Path("runs").iterdir() if Path("runs").is_dir() else ()
+    numbered = [(int(match[1]), path) for path in folders if (match := pattern.fullmatch(path.name))]
+    runs = [(number, path) for number, path in numbered if (path / "config.yaml").is_file()]
+    return max(runs)[1] if runs else None
+
+
 class Claim:
     """A run folder that is ours to fill. Until `keep` is called, a failure leaves nothing behind."""
 
@@ -279,21 +336,24 @@ class Claim:
 
 
 @contextlib.contextmanager
-def claim(out: str | None, stem: str, overwrite: bool) -> Iterator[Claim]:
+def claim(out: str | None, stem: str, overwrite: bool, begun: Path | None = None) -> Iterator[Claim]:
     """Make the run folder, so that an output path that cannot be made is known before any work is done.
 
     Args:
         out: The folder; None takes the next free `runs/<stem>-<n>`.
         stem: `<data>-<arm>`.
-        overwrite: Replace an existing run. The old one is put back if the new one fails.
+        overwrite: Replace an existing run. The old one is put back if the new one fails and cannot go on.
+        begun: An unfinished run, to be gone on with in its place.
 
     Raises:
-        RunError: The folder cannot be made, holds something already, or is no run of ours.
+        RunError: The folder cannot be made, holds something already, is no run of ours, or another process writes it.
     """
     path = user_path(out) if out is not None else None
     replaced: Path | None = None
     try:
-        if path is None:
+        if begun is not None:
+            path = begun
+        elif path is None:
             path = _next_free(Path("runs"), stem)
         else:
             if path.is_dir() and any(path.iterdir()):
@@ -304,20 +364,27 @@ def claim(out: str | None, stem: str, overwrite: bool) -> Iterator[Claim]:
     except OSError as problem:
         raise RunError(f"The run folder `{path or 'runs'}` cannot be made: {problem.strerror or problem}.") from None
     claimed = Claim(path)
-    try:
-        yield claimed
-    except BaseException:
-        if replaced is not None:
-            shutil.rmtree(path, ignore_errors=True)
-            replaced.rename(path)
-        elif not claimed.kept:
-            shutil.rmtree(path, ignore_errors=True)
-            if out is None:
-                with contextlib.suppress(OSError):
-                    path.parent.rmdir()  # `runs`, where this would have been the first
-        raise
-    if replaced is not None:
-        shutil.rmtree(replaced, ignore_errors=True)
+    claimed.kept = begun is not None
+    with exclusive(path):
+        try:
+            yield claimed
+        except BaseException as problem:
+            can_go_on = any(path.glob("state/*.safetensors")) and not isinstance(problem, TrainingError)
+            if replaced is not None and not can_go_on:
+                shutil.rmtree(path, ignore_errors=True)
+                replaced.rename(path)
+            elif not claimed.kept:
+                shutil.rmtree(path, ignore_errors=True)
+                if out is None:
+                    with contextlib.suppress(OSError):
+                        path.parent.rmdir()  # `runs`, where this would have been the first
+            raise
+        if replaced is not None or begun is not None:
+            shutil.rmtree(_aside(path), ignore_errors=True)
+
+
+def _aside(path: Path) -> Path:
+    return path.with_name(f".{path.name}.replaced")
 
 
 def _set_aside(path: Path, overwrite: bool) -> Path:
@@ -333,7 +400,9 @@ def _set_aside(path: Path, overwrite: bool) -> Path:
         )
     if Path.cwd().is_relative_to(path.resolve()):
         raise RunError(f"`{path}` is, or holds, the folder you are in and is not replaced; choose another --out.")
-    aside = path.with_name(f".{path.name}.replaced")
+    with exclusive(path):
+        pass  # a run that another process is writing is not replaced
+    aside = _aside(path)
     if (aside / "run.json").is_file() and not (path / "run.json").is_file():
         shutil.rmtree(path)  # a replacement that was killed: the run that it was to replace is the one to keep
         return aside
@@ -342,8 +411,12 @@ def _set_aside(path: Path, overwrite: bool) -> Path:
     return aside
 
 
+def _safe(stem: str) -> str:
+    return re.sub(r"[^\w@+.-]+", "_", stem).strip("._") or "run"
+
+
 def _next_free(parent: Path, stem: str) -> Path:
-    stem = re.sub(r"[^\w@+.-]+", "_", stem).strip("._") or "run"
+    stem = _safe(stem)
     parent.mkdir(parents=True, exist_ok=True)
     number = 1
     while True:

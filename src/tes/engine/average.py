@@ -17,6 +17,8 @@ from contextlib import contextmanager
 from torch import nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
+from tes.engine.checkpoint import State
+
 
 class WeightAverage:
     """The average of a module's trained parameters and of what it saves beside them in fractions: norms' statistics.
@@ -43,6 +45,14 @@ class WeightAverage:
         self.num_steps += 1
         decay = min(self.decay, (1 + self.num_steps) / (10 + self.num_steps))
         get_ema_multi_avg_fn(decay)(self._average, [tensor.detach() for tensor in self._live], None)
+
+    def state(self) -> State:
+        return State({str(number): tensor for number, tensor in enumerate(self._average)}, {"steps": self.num_steps})
+
+    def load(self, state: State) -> None:
+        self.num_steps = state.values["steps"]
+        for number, tensor in enumerate(self._average):
+            tensor.copy_(state.tensors[str(number)])
 
     def apply(self) -> None:
         """Put the average in the module's place, and the module's weights in the average's: twice changes nothing."""

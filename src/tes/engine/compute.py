@@ -5,9 +5,11 @@ from __future__ import annotations
 import ctypes
 import functools
 import os
+import random
 import sys
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -87,7 +89,9 @@ def keep_freed_memory() -> None:
 
 
 def seed_everything(seed: int) -> None:
-    """Seed PyTorch and ask for the deterministic kernels where there is a choice."""
+    """Seed every generator that a module may draw from; ask for the deterministic kernels where there is a choice."""
     torch.manual_seed(seed)
+    np.random.seed(seed)
+    random.seed(seed)
     torch.backends.cudnn.benchmark = False
     torch.backends.cudnn.deterministic = True

@@ -16,6 +16,7 @@ from tes import console
 from tes.config import PRIOR_STARTS, Config
 from tes.data.dataset import Dataset
 from tes.engine import loop
+from tes.engine.checkpoint import Best, Checkpoint, Log, Weights
 from tes.engine.compute import seed_everything
 from tes.engine.features import FrozenFeatures
 from tes.engine.learner import Learner, one_hot
@@ -73,6 +74,7 @@ def fit(
     evaluate: Callable[[Learner], dict[str, Any]] | None = None,
     num_evaluations: int = 5,
     keep_best: bool = False,
+    checkpoint: Checkpoint | None = None,
 ) -> Fitted:
     """Train on the images `indices`.
 
@@ -84,6 +86,7 @@ def fit(
         evaluate: Scores the learner as it stands; called `num_evaluations` times over a training of the whole network.
         num_evaluations: How often.
         keep_best: End with the weights that `evaluate` liked best (by the data's metric), not with the last ones.
+        checkpoint: Where a training of the whole network is kept, and taken up if some of it is there; None: nowhere.
     """
     seed_everything(config.seed)
     dataset, compute = given.dataset, given.features.compute
@@ -128,7 +131,7 @@ def fit(
         figures, solution = _solve(learner, problem, start, features_NF, target_NC)
         return Fitted(learner, start, solution.trust_C, figures)
     figures = {} if features_NF is None else objective.warm_start(features_NF, target_NC)
-    _step(learner, config, dataset, indices, log, evaluate, num_evaluations, keep_best)
+    _step(learner, config, dataset, indices, log, evaluate, num_evaluations, keep_best, checkpoint or Checkpoint())
     return Fitted(learner, start, start.trust_C, figures)
 
 
@@ -170,13 +173,24 @@ def _step(
     evaluate: Callable[[Learner], dict[str, Any]] | None,
     num_evaluations: int,
     keep_best: bool,
+    checkpoint: Checkpoint,
 ) -> None:
     num_steps = config.optim.num_steps
     assert num_steps is not None, "settle() has decided it"
+    log, best = Log(log), Best(learner)
+    checkpoint.parts["log"] = log
+    if checkpoint.is_finished:
+        checkpoint.begin({"weights": Weights(learner)})
+        learner.eval()
+        learner.backbone.refresh_fingerprint()
+        return
+    if checkpoint.step:
+        console.note(f"going on after step {checkpoint.step} of {num_steps}")
     per_epoch = steps_per_epoch(len(indices), config.optim.batch_size)
     last = num_evaluations if keep_best else num_evaluations - 1  # the end is scored anyway
     evaluate_at = {math.ceil(num_steps * k / num_evaluations) for k in range(1, last + 1)}
-    best: dict[str, Any] = {"figure": -1.0, "state": None}
+    checkpoint.parts["best"] = best
+    checkpoint.steps_per_epoch = per_epoch
     batches = train_batches(
         dataset,
         indices,
@@ -186,9 +200,17 @@ def _step(
         batch_size=config.optim.batch_size,
         num_steps=num_steps,
         seed=config.seed,
+        first_step=checkpoint.step,
         two_views="two_views" in learner.objective.needs,
     )
-    batches = mixed(batches, config.augment, dataset.num_classes, learner.compute, seed=config.seed)
+    batches = mixed(
+        batches,
+        config.augment,
+        dataset.num_classes,
+        learner.compute,
+        seed=config.seed,
+        first_step=checkpoint.step,
+    )
 
     def on_losses(step: int, means: dict[str, float], learning_rate: float) -> None:
         log(
@@ -203,14 +225,13 @@ def _step(
 
     def score(step: int) -> None:
         assert evaluate is not None
-        heads = evaluate(learner)
+        with checkpoint.stoppable():
+            heads = evaluate(learner)
         log({"split": "val", "step": step, "epoch": round(step / per_epoch, 4), "heads": heads})
         shown = ", ".join(f"{head} {figures[dataset.metric]:.1%}" for head, figures in heads.items())
         console.note(f"step {step}/{num_steps}: {METRICS[dataset.metric]} {shown}")
-        figure = heads[learner.objective.default_head][dataset.metric]
-        if keep_best and figure > best["figure"]:
-            state = {name: tensor.detach().cpu().clone() for name, tensor in learner.state_dict().items()}
-            best.update(figure=figure, state=state)
+        if keep_best:
+            best.offer(heads[learner.objective.default_head][dataset.metric])
 
     loop.fit(
         learner,
@@ -221,7 +242,8 @@ def _step(
         on_losses=on_losses,
         evaluate=score,
         evaluate_at=evaluate_at if evaluate is not None else (),
+        checkpoint=checkpoint,
     )
-    if best["state"] is not None:
-        learner.load_state_dict(best["state"])
+    best.put_back()
+    checkpoint.finish(num_steps, Weights(learner))
     learner.backbone.refresh_fingerprint()  # other weights, other features: none may be found under the old name

@@ -157,7 +157,8 @@ class _Reader(torch.utils.data.Dataset):
             return self.transform(image)
         key = f"{self.seed}:{epoch}:{index}" + (f":{view}" if view else "")
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8).digest()))
+            # The CPU's alone: reading must not reseed what an accelerator draws in training.
+            torch.default_generator.manual_seed(int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8).digest()))
             return self.transform(image)
 
     def _image(self, index: int) -> Image.Image:

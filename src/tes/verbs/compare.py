@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -22,14 +23,16 @@ from tes.loaded import Loaded
 from tes.mistakes import often_wrong
 from tes.objectives import objectives
 from tes.objectives.base import Objective
-from tes.run import Run, refuse_out_among_images
+from tes.resume import differences as differing
+from tes.resume import lines, threads_of
+from tes.run import Run, exclusive, refuse_out_among_images
 from tes.run_writer import Shared, write_thumbnails
 from tes.settle import check_needs, settle
 from tes.text.encoder import open_encoder
 
 PROTOCOLS = {"val": "val-selected", "paper": "paper"}
-OWN_KEYS = ("objective", "start", "seed", "out", "data.shots", "data.fraction", "refit")
-"""Settings that a comparison varies itself, or that have no place in one."""
+OWN_KEYS = ("objective", "start", "seed", "out", "data.shots", "data.fraction", "refit", "checkpoint")
+"""Settings that a comparison varies itself, or that have no place in one, or change no result."""
 
 
 @dataclass(frozen=True)
@@ -141,15 +144,18 @@ def compare(
     store: dict[str, Any] = {}
     shared_by = None
     label = f"{len(plan.arms) + len(plan.added)} arms"
-    with console.quiet(), console.progress(len(missing), label, "cells") as progress:
+    with exclusive(folder), console.quiet(), console.progress(len(missing), label, "cells") as progress:
         for shot, seed, arm in missing:
             if shared_by != (shot, seed):  # what arms share depends on the images, so no later cell can use it
                 store, shared_by = {}, (shot, seed)
             cell = cell_folder(folder, shot, seed, arm)
-            shutil.rmtree(cell, ignore_errors=True)
-            cell.mkdir(parents=True)
+            goes_on = any(cell.glob("state/*.safetensors"))
+            if not goes_on:
+                shutil.rmtree(cell, ignore_errors=True)
+                cell.mkdir(parents=True)
             config = settings.config(arm, shot, seed)
-            run_job(config, loaded, cell, protocol=how, store=store, shared=shared, against=False)
+            with threads_of(cell) if goes_on else contextlib.nullcontext():
+                run_job(config, loaded, cell, protocol=how, store=store, shared=shared, against=False, goes_on=goes_on)
             progress.advance(1)
     comparison = Comparison(folder, plan)
     thumbnails = folder / "shared" / "thumbnails"
@@ -324,13 +330,17 @@ def _continue_or_start(folder: Path, plan: Plan) -> None:
     if (folder / "compare.json").is_file():
         begun = read_plan(folder)
         names = ("settings", "protocol", "split", "num_trials")
-        differences = [line for name in names for line in _differences(name, getattr(begun, name), getattr(plan, name))]
-        differences += [
-            line
-            for arm in plan.objectives
-            if arm in begun.objectives
-            for line in _differences(f"objective of {arm}", begun.objectives[arm], plan.objectives[arm])
-        ]
+        # A record that is older than a setting stands for its default.
+        default = {"settings": _common(load_config(flags={"data.source": "", "objective": BASELINE}))}
+        found = {
+            key: pair
+            for name in names
+            for key, pair in differing(getattr(begun, name), getattr(plan, name), default.get(name), name).items()
+        }
+        for arm in plan.objectives.keys() & begun.objectives.keys():
+            standard = objectives.get(plan.objectives[arm]["name"]).Config().model_dump(mode="json")
+            found |= differing(begun.objectives[arm], plan.objectives[arm], standard, f"objective of {arm}")
+        differences = [line.removeprefix("settings.") for line in lines(found)]
         differences += [
             f"start of {arm}: {begun.starts[arm]} there, {plan.starts[arm]} here"
             for arm in plan.starts
@@ -347,18 +357,11 @@ def _continue_or_start(folder: Path, plan: Plan) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         if not folder.is_dir():
             raise NotADirectoryError(f"`{folder}` is a file")
-        (folder / "summary.json").unlink(missing_ok=True)  # it is written last, and stands for being finished
-        write_plan(folder, plan)
+        with exclusive(folder):
+            (folder / "summary.json").unlink(missing_ok=True)  # it is written last, and stands for being finished
+            write_plan(folder, plan)
     except OSError as problem:
         raise RunError(f"The comparison's folder `{folder}` cannot be made: {problem.strerror or problem}.") from None
-
-
-def _differences(name: str, there: Any, here: Any) -> list[str]:
-    if isinstance(there, Mapping) and isinstance(here, Mapping):
-        keys = dict.fromkeys([*there, *here])
-        return [line for key in keys for line in _differences(f"{name}.{key}", there.get(key), here.get(key))]
-    same = there == here or (isinstance(here, (list, tuple)) and list(here) == there)
-    return [] if same else [f"{name.removeprefix('settings.')}: {there} there, {here} here"]
 
 
 def _warm_up(settings: Settings, loaded: Loaded, plan: Plan, missing: Sequence[tuple[str, int, str]]) -> None:

@@ -2,19 +2,29 @@
 
 from __future__ import annotations
 
+import contextlib
+
 from torch import nn
 
+from tes import console
 from tes.config import Config
+from tes.errors import ConfigError, Interrupted
 from tes.files import user_path
 from tes.job import run_job
 from tes.loaded import Loaded
 from tes.objectives import objectives
-from tes.run import Run, claim, refuse_out_among_images
+from tes.resume import refuse_other, threads_of
+from tes.run import Run, claim, is_unfinished, newest, refuse_out_among_images
 from tes.settle import check_needs
 
 
 def train(
-    config: Config, *, network: nn.Module | None = None, overwrite: bool = False, against: bool | None = None
+    config: Config,
+    *,
+    network: nn.Module | None = None,
+    overwrite: bool = False,
+    resume: bool = False,
+    against: bool | None = None,
 ) -> Run:
     """Fine-tune on labelled images and return the finished run.
 
@@ -22,15 +32,35 @@ def train(
         config: All settings; see `tes.load_config`.
         network: Your own pre-trained module, in place of one built from `config.backbone.name`.
         overwrite: Replace the run that stands in `config.out`.
+        resume: Go on with the run in `config.out`, by default the last of `runs/<data>-<arm>-<n>`; one that is finished
+            is returned as it is, and where there is none, it is begun.
         against: Train plain fine-tuning (`ce` from `probe`) as well and say on val how far this run is from it; None:
             where it takes seconds.
 
     Raises:
         TesError: A sentence about the input or the environment; nothing is left half-written.
+        Interrupted: By SIGINT or SIGTERM; `resume` goes on from there.
     """
+    if overwrite and resume:
+        raise ConfigError("--resume goes on with a run and --overwrite replaces it; give one of them.")
     check_needs(config, objectives.get(config.objective.name))
     source = user_path(config.data.source)
     refuse_out_among_images(user_path(config.out or "runs"), source)
-    with claim(config.out, f"{source.resolve().stem}-{config.arm}", overwrite) as claimed:
-        run_job(config, Loaded.open(config, network), claimed.path, against=against, on_ready=claimed.keep)
+    stem = f"{source.resolve().stem}-{config.arm}"
+    begun = newest(config.out, stem) if resume else None
+    if begun is not None:
+        refuse_other(config, begun, settled=False)
+        if not is_unfinished(begun):
+            console.note(f"the run `{begun}` is finished already")
+            return Run.open(begun)
+    claimed = None
+    try:
+        with claim(config.out, stem, overwrite, begun) as claimed:
+            loaded = Loaded.open(config, network)
+            with contextlib.nullcontext() if begun is None else threads_of(begun):
+                run_job(config, loaded, claimed.path, against=against, goes_on=begun is not None, on_ready=claimed.keep)
+    except KeyboardInterrupt:
+        if claimed is not None and is_unfinished(claimed.path):
+            raise Interrupted(claimed.path) from None
+        raise
     return Run.open(claimed.path)
