@@ -17,6 +17,7 @@ from tes.engine.scoring import predict
 from tes.loaded import Loaded
 from tes.metrics import METRICS, evaluate_split, image_losses
 from tes.objectives import objectives
+from tes.predictions import in_common
 from tes.settle import settle
 from tes.statistics import Answers, bootstrap_images, judged
 
@@ -40,7 +41,7 @@ def against_ce(
     other = fit(
         plain, replace(given, prior=None), train, log=lambda row: log(row | {"arm": "ce"}), checkpoint=checkpoint
     ).learner
-    ours, theirs = (predict(which, given.dataset, choosing, frozen) for which in (learner, other))
+    ours, theirs = in_common([predict(which, given.dataset, choosing, frozen) for which in (learner, other)])
     head, metric = learner.objective.default_head, given.dataset.metric
     pair = (Answers.of(ours, head), Answers.of(theirs, "vision"))
     interval = bootstrap_images([pair], metric)
@@ -49,7 +50,7 @@ def against_ce(
     return {
         "arm": "ce",
         "split": "val",
-        "num_samples": len(choosing),
+        "num_samples": len(ours),
         "metric": metric,
         metric: figures[1][metric],
         "difference": figures[0][metric] - figures[1][metric],

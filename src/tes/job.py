@@ -30,7 +30,7 @@ from tes.metrics import evaluate_split, image_losses
 from tes.mistakes import worth_showing
 from tes.objectives import objectives
 from tes.objectives.base import Objective
-from tes.predictions import Predictions
+from tes.predictions import Predictions, in_common
 from tes.run import FORMAT
 from tes.search import choose, draw_trials, space
 from tes.settle import settle
@@ -223,9 +223,9 @@ def run_job(
         "primary_metric": dataset.metric,
         "data": dataset.name,
         "num_classes": dataset.num_classes,
-        "num_train": len(train),
-        "num_val": 0 if protocol.name == "paper" else len(dataset.indices("val")),
-        "num_test": len(dataset.indices("test")),
+        "num_train": len(dataset.present(train)),
+        "num_val": 0 if protocol.name == "paper" else len(dataset.present(dataset.indices("val"))),
+        "num_test": len(dataset.present(dataset.indices("test"))),
         "num_pool": int((dataset.splits != "test").sum()),
         "unreadable": [{"path": path, "reason": reason} for path, reason in dataset.unreadable],
         "backbone": {"name": config.backbone.name, "fingerprint": loaded.backbone.fingerprint},
@@ -233,6 +233,9 @@ def run_job(
         "objective": fitted.figures,
         "metrics": metrics,
     }
+    if dataset.lost:
+        summary["lost"] = [{"path": dataset.paths[index], "reason": why} for index, why in sorted(dataset.lost.items())]
+        console.warn(f"{len(dataset.lost)} images were lost on the way and done without: `lost` in run.json lists them")
     if fitted.trust_C is not None:
         summary["prior"] = {
             "form": config.prior.form,
@@ -329,9 +332,10 @@ def _num_epochs(config: Config, num_images: int) -> int:
 
 
 def _select(attempts: list[_Attempt], protocol: Protocol) -> int:
-    predictions = [attempt.predictions for attempt in attempts]
-    if None in predictions:
+    predictions = [attempt.predictions for attempt in attempts if attempt.predictions is not None]
+    if len(predictions) < len(attempts):
         return 0
+    predictions = in_common(predictions)
     heads = [attempt.head for attempt in attempts]
     if protocol.name == "paper":
         metric = attempts[0].given.dataset.metric

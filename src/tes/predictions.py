@@ -6,6 +6,7 @@ Shapes: n images, C classes.
 from __future__ import annotations
 
 import io
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -114,6 +115,22 @@ class Predictions:
             return Predictions(paths.tolist(), labels, logits)
         except RunError as problem:
             raise RunError(f"`{path}` is damaged: {problem}") from None
+
+
+def in_common(several: Sequence[Predictions]) -> list[Predictions]:
+    """Return the same predictions of the images that all of them have, in the first one's order.
+
+    An image that could no longer be read is in the earlier ones alone.
+    """
+    shared = set(several[0].paths).intersection(*(said.paths for said in several[1:]))
+    wanted = [path for path in several[0].paths if path in shared]
+    result = []
+    for said in several:
+        row_of = {path: row for row, path in enumerate(said.paths)}
+        rows = [row_of[path] for path in wanted]
+        logits = {head: values[rows] for head, values in said.logits.items()}
+        result.append(Predictions(wanted, said.labels[rows], logits))
+    return result
 
 
 def _problem(paths: list[str], labels: np.ndarray, logits: dict[str, np.ndarray]) -> str | None:

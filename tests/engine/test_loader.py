@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
+import shutil
 
 import numpy as np
 import pytest
@@ -12,6 +14,7 @@ from tes import data
 from tes.config import AugmentConfig, DataConfig
 from tes.engine.compute import Compute
 from tes.engine.loader import eval_batches, order, steps_per_epoch, train_batches
+from tes.errors import DataError
 from tes.models.image_settings import ImageSettings
 
 IMAGES = ImageSettings(32, 1.0, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5), "bilinear")
@@ -111,3 +114,63 @@ def test_micro_batches_are_the_batch_in_order(dataset, two_views):
     for name, whole in vars(batch).items():
         pieces = [getattr(part, name) for part in parts]
         assert pieces == [None] * 3 if whole is None else torch.equal(torch.cat(pieces), whole)
+
+
+@pytest.fixture
+def losing(photos, tmp_path):
+    """A data set of its own, from which images can be taken away after it was opened."""
+    shutil.copytree(photos, tmp_path / "squares")
+    return data.load(DataConfig(source=str(tmp_path / "squares"), max_unreadable=2))
+
+
+def take_away(dataset, index, how="gone"):
+    file = dataset.source.root / dataset.paths[index]
+    file.unlink() if how == "gone" else file.write_bytes(file.read_bytes()[:90])
+
+
+@pytest.mark.parametrize("num_workers", [0, pytest.param(2, marks=pytest.mark.slow)])
+def test_in_the_place_of_a_lost_image_comes_another_of_its_class_and_all_else_stays(losing, num_workers, capsys):
+    whole = batches(losing)
+    gone, cut = losing.indices("train")[[0, 5]].tolist()
+    take_away(losing, gone)
+    take_away(losing, cut, how="cut")
+    with_losses = batches(losing, num_workers)
+    for before, after in zip(whole, with_losses, strict=True):
+        lost = np.isin(before.indices_B, [gone, cut])
+        assert not np.isin(after.indices_B, [gone, cut]).any()
+        assert np.array_equal(before.indices_B[~lost], after.indices_B[~lost])
+        assert torch.equal(before.images_B3HW[~lost], after.images_B3HW[~lost])
+        assert torch.equal(before.labels_B, after.labels_B)  # so the classes keep their shares
+        assert np.array_equal(losing.labels[after.indices_B], after.labels_B)
+    assert losing.lost.keys() == {gone, cut} and losing.lost[gone] == "no such file or directory"
+    err = capsys.readouterr().err
+    assert err.count("warning: ") == 2 and losing.paths[gone] in err and "cannot be now" in err
+    again = batches(losing, num_workers)  # the same losses, the same batches
+    assert all(torch.equal(a.images_B3HW, b.images_B3HW) for a, b in zip(with_losses, again, strict=True))
+
+
+def test_more_losses_than_are_tolerated_stop_the_training(losing):
+    for index in losing.indices("train")[[0, 9, 17]]:
+        take_away(losing, index)
+    with pytest.raises(DataError, match=r"3 of 36 images of `squares` cannot be read, more than the 2 that are tol"):
+        batches(losing)
+
+
+def test_a_class_that_has_lost_all_its_images_stops_the_training(losing):
+    reds = [index for index in losing.indices("train") if losing.labels[index] == 2]
+    losing = dataclasses.replace(losing, max_unreadable=100)
+    for index in reds:
+        take_away(losing, index)
+    with pytest.raises(DataError, match=r"No training image of the class `red_square` can be read any more: .*no such"):
+        batches(losing)
+
+
+def test_an_evaluation_leaves_a_lost_image_out_and_shifts_no_row(losing):
+    test = losing.indices("test")
+    take_away(losing, test[1])
+    (batch,) = eval_batches(losing, test, IMAGES, compute())
+    assert batch.indices_B.tolist() == [test[0], *test[2:]] and losing.present(test).tolist() == [test[0], *test[2:]]
+    assert np.array_equal(losing.labels[batch.indices_B], batch.labels_B)
+    for index in test[:1]:
+        take_away(losing, index)
+    assert list(eval_batches(losing, test[:2], IMAGES, compute())) == []

@@ -15,6 +15,8 @@ from safetensors.torch import load_file
 import tes
 from tes.config import load_config
 from tes.errors import ConfigError, DataError, RunError, TextError, TrainingError
+from tes.job import run_job
+from tes.loaded import Loaded
 from tes.objectives import objectives
 from tes.settle import check_needs
 
@@ -308,6 +310,43 @@ def test_an_unreadable_image_is_skipped_counted_and_listed(settings, photos, tmp
     (copy / "red_square" / "fake.jpg").write_text("not an image")
     run = tes.train(settings(objective="ce", data__source=str(copy)))
     assert run.summary["unreadable"] == [{"path": "red_square/fake.jpg", "reason": "not an image"}]
+
+
+@pytest.mark.parametrize("train", [{"train": "head"}, {"train": "all", "optim__num_steps": 2, "start": "random"}])
+def test_images_that_vanish_after_the_data_was_opened_are_done_without_and_listed(
+    settings, photos, tmp_path, train, capsys
+):
+    copy, folder = tmp_path / "copy", tmp_path / "run"
+    shutil.copytree(photos, copy)
+    folder.mkdir()
+    config = settings(objective="tes", refit="none", data__source=str(copy), **train)
+    loaded = Loaded.open(config)
+    dataset = loaded.dataset
+    gone = {split: dataset.paths[dataset.indices(split)[1]] for split in ("train", "val", "test")}
+    for path in gone.values():
+        (copy / path).unlink()
+    run_job(config, loaded, folder)
+    run = tes.Run.open(folder)
+    assert {row["path"] for row in run.summary["lost"]} == set(gone.values())
+    assert {row["reason"] for row in run.summary["lost"]} == {"no such file or directory"}
+    assert run.summary["num_train"] == len(dataset.indices("train")) - 1
+    for split in ("val", "test"):
+        said = run.predictions(split)
+        assert said.paths == [dataset.paths[i] for i in dataset.indices(split) if dataset.paths[i] != gone[split]]
+        assert [dataset.classes[label].label for label in said.labels] == [path.split("/")[0] for path in said.paths]
+    err = capsys.readouterr().err
+    assert all(f"`{path}` could be read before" in err for path in gone.values()) and "3 images were lost" in err
+
+
+def test_a_training_whose_images_vanish_stops_with_a_sentence(settings, photos, tmp_path):
+    copy, folder = tmp_path / "copy", tmp_path / "run"
+    shutil.copytree(photos, copy)
+    folder.mkdir()
+    config = settings(objective="ce", data__source=str(copy))
+    loaded = Loaded.open(config)
+    shutil.rmtree(copy)
+    with pytest.raises(DataError, match=r"can be read any more|more than the 3 that are tolerated"):
+        run_job(config, loaded, folder)
 
 
 def test_a_permuted_text_classifier_is_refused(settings, photos, texts):

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from PIL import Image
 
+from tes import console
 from tes.config import DataConfig
 from tes.data.classes_file import ClassInfo, apply_classes_file, derive_classes
 from tes.data.images import UnreadableImageError, decode
@@ -19,6 +20,25 @@ from tes.data.source import Sample, Source, counted, open_source
 from tes.data.splits import carve, draw_fraction, draw_shots
 from tes.errors import DataError, listing
 from tes.files import user_path
+
+
+class LostImageError(DataError):
+    """An image could be read when the data set was opened, and cannot be now; `reason` says why in a few words."""
+
+    def __init__(self, path: str, name: str, reason: str) -> None:
+        super().__init__(
+            f"The image `{path}` of `{name}` could be read before and cannot be now ({reason}); bring it back, or start"
+            " again without it."
+        )
+        self.reason = reason
+
+
+class BadImagesError(DataError):
+    """Too many images cannot be read; `unreadable` lists (path, reason) of all of them."""
+
+    def __init__(self, message: str, unreadable: list[tuple[str, str]]) -> None:
+        super().__init__(message)
+        self.unreadable = unreadable
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,6 +54,9 @@ class Dataset:
         groups: Of the CSV's column, or None.
         sha1s: Of the files' content.
         unreadable: (path, reason) of the images that were left out.
+        lost: Index to reason of images that could be read when the data set was opened and not when they were needed.
+            The one thing that changes, and the same for all draws.
+        max_unreadable: More than this are not tolerated; None: the larger of 3 and 1 %.
         untested: Labels of classes without a test image.
         notes: What the user should know, in sentences.
         source: Reads the images.
@@ -51,6 +74,8 @@ class Dataset:
     sha1s: list[str]
     source: Source
     unreadable: list[tuple[str, str]] = field(default_factory=list)
+    lost: dict[int, str] = field(default_factory=dict)
+    max_unreadable: int | None = None
     untested: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     metric: str = "mean_per_class"
@@ -70,17 +95,54 @@ class Dataset:
         """Return image `index`, upright RGB.
 
         Raises:
-            DataError: It can no longer be read.
+            LostImageError: It can no longer be read.
         """
         sample = Sample(self.paths[index], self.classes[self.labels[index]].label)
         try:
             return decode(self.source.read(sample))
         except (OSError, UnreadableImageError) as problem:
             reason = getattr(problem, "reason", None) or getattr(problem, "strerror", None) or str(problem)
+            raise LostImageError(sample.path, self.name, str(reason).lower()) from None
+
+    def present(self, indices: np.ndarray) -> np.ndarray:
+        """Return those of `indices` that are not lost."""
+        return indices[[index not in self.lost for index in indices.tolist()]] if self.lost else indices
+
+    def lose(self, index: int, reason: str) -> None:
+        """Take note, aloud, that an image can no longer be read, and that it is done without.
+
+        Raises:
+            DataError: There are more of them than are tolerated, or its class has none left to train on.
+        """
+        if index in self.lost:
+            return
+        self.lost[index] = reason
+        gone = [(self.paths[index], reason) for index, reason in self.lost.items()]
+        console.warn(f"`{gone[-1][0]}` could be read before and cannot be now ({reason}); going on without it")
+        self.require_trainable()
+        _refuse_too_many(
+            self.name, [*self.unreadable, *gone], len(self.paths) + len(self.unreadable), self.max_unreadable
+        )
+
+    def require_trainable(self, indices: np.ndarray | None = None) -> None:
+        """Refuse to go on where losses have left a class without an image to train on.
+
+        Args:
+            indices: Those that are trained on; None: the train split.
+
+        Raises:
+            DataError: There is such a class.
+        """
+        if not self.lost:
+            return
+        indices = self.indices("train") if indices is None else indices
+        before, now = (set(self.labels[part].tolist()) for part in (indices, self.present(indices)))
+        if empty := [self.classes[label].label for label in sorted(before - now)]:
+            shown = listing([f"{self.paths[index]} ({reason})" for index, reason in self.lost.items()])
             raise DataError(
-                f"The image `{sample.path}` of `{self.name}` could be read before and cannot be now ({reason}); bring"
-                " it back, or start again without it."
-            ) from None
+                f"No training image of {_classes(empty)} can be read any more: {shown}; bring them back, or start again"
+                " without them."
+            )
 
 
 def load(config: DataConfig, seed: int = 0) -> Dataset:
@@ -103,7 +165,10 @@ def open_dataset(config: DataConfig) -> Dataset:
     dataset = _readable(source, samples, classes, config.max_unreadable, notes)
     if empty := sorted({info.label for info in classes} - {classes[label].label for label in dataset.labels}):
         shown = listing([f"{path} ({reason})" for path, reason in dataset.unreadable])
-        raise DataError(f"No image of {_classes(empty)} can be read: {shown}; add good ones, or leave the class out.")
+        raise BadImagesError(
+            f"No image of {_classes(empty)} can be read: {shown}; add good ones, or leave the class out.",
+            dataset.unreadable,
+        )
     labels = [classes[label].label for label in dataset.labels]
     splits, more = _official_or_carved(labels, dataset, config.split_seed)
     _require_trainable(labels, splits, classes)
@@ -243,16 +308,11 @@ def _readable(
 ) -> Dataset:
     """Look at every image and leave out those that cannot be read."""
     seen = scan(source, samples)
-    limit = max(3, len(samples) // 100) if max_unreadable is None else max_unreadable
+    _refuse_too_many(source.name, seen.unreadable, len(samples), max_unreadable)
     shown = listing([f"{path} ({reason})" for path, reason in seen.unreadable])
-    if len(seen.unreadable) > limit:
-        raise DataError(
-            f"{len(seen.unreadable)} of {len(samples)} images of `{source.name}` cannot be read, more than the {limit}"
-            f" that are tolerated: {shown}; mend or remove them, or raise data.max_unreadable."
-        )
     rows = [(sample, sha1) for sample, sha1 in zip(samples, seen.sha1s) if sha1 is not None]
     if not rows:
-        raise DataError(f"No image of `{source.name}` can be read: {shown}.")
+        raise BadImagesError(f"No image of `{source.name}` can be read: {shown}.", seen.unreadable)
     place = {info.label: number for number, info in enumerate(classes)}
     if seen.unreadable:
         notes = [*notes, f"Left out {counted(len(seen.unreadable), 'unreadable image')}: {shown}."]
@@ -266,11 +326,23 @@ def _readable(
         sha1s=[sha1 for _, sha1 in rows],
         source=source,
         unreadable=seen.unreadable,
+        max_unreadable=max_unreadable,
         notes=notes,
         metric=source.metric,
         templates=source.templates,
         coverage=source.coverage,
     )
+
+
+def _refuse_too_many(name: str, unreadable: list[tuple[str, str]], num_images: int, max_unreadable: int | None) -> None:
+    limit = max(3, num_images // 100) if max_unreadable is None else max_unreadable
+    if len(unreadable) > limit:
+        shown = listing([f"{path} ({reason})" for path, reason in unreadable])
+        raise BadImagesError(
+            f"{len(unreadable)} of {num_images} images of `{name}` cannot be read, more than the {limit} that are"
+            f" tolerated: {shown}; mend or remove them, or raise data.max_unreadable.",
+            unreadable,
+        )
 
 
 def _official_or_carved(labels: list[str], dataset: Dataset, split_seed: int) -> tuple[np.ndarray, list[str]]:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from tes import console
-from tes.data.dataset import Dataset
+from tes.data.dataset import Dataset, LostImageError
 from tes.engine.compute import Compute
 from tes.engine.loader import eval_batches
 from tes.files import NPZ_DAMAGE, cache_dir, replacing, sha256_text
@@ -38,11 +38,23 @@ class FrozenFeatures:
         self._is_known_N = np.zeros(len(dataset.paths), dtype=bool)
 
     def __call__(self, indices: np.ndarray) -> Tensor:
-        """Return features (n, F), float32 on the CPU, of the images `indices`."""
-        missing = indices[~self._is_known_N[indices]]
-        if len(missing):
-            self._fetch(missing)
+        """Return features (n, F), float32 on the CPU, of the images `indices`.
+
+        Raises:
+            LostImageError: One of them can no longer be read; see `readable`.
+        """
+        readable = self.readable(indices)
+        if len(readable) < len(indices):
+            index = next(iter(set(indices.tolist()) - set(readable.tolist())))
+            raise LostImageError(self.dataset.paths[index], self.dataset.name, self.dataset.lost[index])
         return self._rows_NF[torch.from_numpy(indices)]
+
+    def readable(self, indices: np.ndarray) -> np.ndarray:
+        """Return those of `indices` that have features: all but images that can no longer be read."""
+        # Copies of one image are read once; where that one is lost, the next round reads another.
+        while len(missing := self.dataset.present(indices[~self._is_known_N[indices]])):
+            self._fetch(missing)
+        return indices[self._is_known_N[indices]]
 
     def _fetch(self, indices: np.ndarray) -> None:
         sha1s = self.dataset.sha1s
@@ -54,27 +66,34 @@ class FrozenFeatures:
             part = np.array(missing[start : start + SHARD])
             label = f"features ({start + len(part)}/{len(missing)})" if len(missing) > SHARD else "features"
             rows = compute_features(self.backbone, self.dataset, part, self.compute, label).numpy()
-            keys = [sha1s[index] for index in part]
-            self._store.write(keys, rows)
-            known.update(zip(keys, rows))
+            is_read = np.isin(part, self.dataset.present(part))
+            keys = [sha1s[index] for index in part[is_read]]
+            if keys:
+                self._store.write(keys, rows[is_read])
+            known.update(zip(keys, rows[is_read]))
         for index in indices.tolist():
-            self._rows_NF[index] = torch.from_numpy(known[sha1s[index]])
-        self._is_known_N[indices] = True
+            if sha1s[index] in known:
+                self._rows_NF[index] = torch.from_numpy(known[sha1s[index]])
+                self._is_known_N[index] = True
 
 
 def compute_features(
     backbone: Backbone, dataset: Dataset, indices: np.ndarray, compute: Compute, label: str = "features"
 ) -> Tensor:
-    """Run the backbone over the images as at test time; return features (N, F), float32 on the CPU."""
+    """Run the backbone over the images as at test time; return features (N, F), float32 on the CPU.
+
+    The row of an image that can no longer be read is NaN; `dataset.present` tells which.
+    """
     compute.place(backbone).eval()
-    rows = []
+    rows_NF = torch.full((len(indices), backbone.num_features), torch.nan)
+    place = {int(index): row for row, index in enumerate(indices)}
     with torch.inference_mode(), console.progress(len(indices), label) as progress:
         for batch in eval_batches(dataset, indices, backbone.images, compute):
             with compute.autocast():
                 features_BF = backbone(compute.images(batch.images_B3HW))
-            rows.append(features_BF.float().cpu())
+            rows_NF[[place[index] for index in batch.indices_B.tolist()]] = features_BF.float().cpu()
             progress.advance(len(features_BF))
-    return torch.cat(rows).clone() if rows else torch.zeros(0, backbone.num_features)
+    return rows_NF
 
 
 class _Store:

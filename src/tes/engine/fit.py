@@ -94,7 +94,8 @@ def fit(
     num_classes, num_features = dataset.num_classes, backbone.num_features
     problem = head_problem(config, given.prior)
     if not len(indices):
-        start = problem.without_labels(given.features(np.flatnonzero(dataset.splits != "test")))
+        pool = given.features.readable(np.flatnonzero(dataset.splits != "test"))
+        start = problem.without_labels(given.features(pool))
         objective = objectives.get("ce")(objectives.get("ce").Config())  # no label, so nothing for an objective to do
         learner = Learner(backbone, start.head, objective, compute)
         compute.place(learner)
@@ -102,6 +103,9 @@ def fit(
     objective: Objective = objectives.get(config.objective.name)(config.objective)
     features_NF = target_NC = None
     if config.start != "random" or "pretrained_features" in objective.needs:
+        readable = given.features.readable(indices)
+        dataset.require_trainable(indices)
+        indices = readable
         target_NC = one_hot(torch.from_numpy(dataset.labels[indices]), num_classes)
         features_NF = given.features(indices)
     if config.start == "random":

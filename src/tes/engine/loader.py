@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from tes.config import AugmentConfig
-from tes.data.dataset import Dataset
+from tes.data.dataset import Dataset, LostImageError
 from tes.engine.compute import Compute
 from tes.models.image_settings import ImageSettings
 
@@ -89,7 +89,7 @@ def train_transform(images: ImageSettings, augment: AugmentConfig) -> Callable[[
 
 
 def eval_batches(dataset: Dataset, indices: np.ndarray, images: ImageSettings, compute: Compute) -> Iterator[Batch]:
-    """Yield every image of `indices` exactly once, in order, as at test time."""
+    """Yield every image of `indices` exactly once, in order, as at test time; an image that is lost is left out."""
     reader = _Reader(dataset, eval_transform(images), seed=None, cache_side=None)
     num_parts = math.ceil(len(indices) / compute.eval_batch_size) or 1
     batches = [[(0, int(index)) for index in part] for part in np.array_split(indices, num_parts)]
@@ -109,9 +109,14 @@ def train_batches(
     first_step: int = 0,
     two_views: bool = False,
 ) -> Iterator[Batch]:
-    """Yield the augmented batches of steps `first_step` to `num_steps`; a second view leaves the first as it is."""
+    """Yield the augmented batches of steps `first_step` to `num_steps`; a second view leaves the first as it is.
+
+    In the place of an image that is lost comes another of its class, which one a function of (seed, epoch, index).
+    """
     cache_side = 2 * images.size if compute.num_workers == 0 else None
-    reader = _Reader(dataset, train_transform(images, augment), seed, cache_side, num_views=2 if two_views else 1)
+    reader = _Reader(
+        dataset, train_transform(images, augment), seed, cache_side, num_views=2 if two_views else 1, pool=indices
+    )
     steps = order(indices, batch_size, num_steps, seed)
     yield from _load(reader, itertools.islice(steps, first_step, None), compute)
 
@@ -137,20 +142,54 @@ def steps_per_epoch(num_images: int, batch_size: int) -> int:
     return math.ceil(num_images / min(batch_size, num_images))
 
 
+@dataclass(frozen=True)
+class _Read:
+    """An image's views, none where there is none to be had, and (index, reason) of what could not be read."""
+
+    index: int
+    label: int
+    views: list[Tensor]
+    lost: list[tuple[int, str]]
+
+
 class _Reader(torch.utils.data.Dataset):
-    """Reads image `index` for `epoch`; draws its views from generators seeded by (seed, epoch, index, view)."""
+    """Reads image `index` for `epoch`; draws its views from generators seeded by (seed, epoch, index, view).
+
+    Where it cannot be read, one of its class from `pool`, if there is a pool. What is lost is only reported: the reader
+    may be one of several processes, and the data set's record is kept in the first.
+    """
 
     def __init__(
-        self, dataset: Dataset, transform: Callable, seed: int | None, cache_side: int | None, num_views: int = 1
+        self,
+        dataset: Dataset,
+        transform: Callable,
+        seed: int | None,
+        cache_side: int | None,
+        num_views: int = 1,
+        pool: np.ndarray | None = None,
     ) -> None:
         self.dataset, self.transform, self.seed, self.num_views = dataset, transform, seed, num_views
         self.cache_side, self.cache, self.room = cache_side, {}, CACHE_BYTES
+        self.pool = np.empty(0, dtype=np.int64) if pool is None else pool
 
-    def __getitem__(self, position: tuple[int, int]) -> tuple[int, int, list[Tensor]]:
-        epoch, index = position
-        image = self._image(index)
-        views = [self._view(image, epoch, index, view) for view in range(self.num_views)]
-        return index, int(self.dataset.labels[index]), views
+    def __getitem__(self, position: tuple[int, int]) -> _Read:
+        epoch, wanted = position
+        label, lost = int(self.dataset.labels[wanted]), []
+        for index in itertools.chain([wanted], self._others(epoch, wanted)):
+            try:
+                image = self._image(index)
+            except LostImageError as problem:
+                lost.append((index, problem.reason))
+                continue
+            views = [self._view(image, epoch, index, view) for view in range(self.num_views)]
+            return _Read(index, label, views, lost)
+        return _Read(wanted, label, [], lost)
+
+    def _others(self, epoch: int, index: int) -> Iterator[int]:
+        """Yield the images of the pool that may stand in for one that is lost; nothing is drawn until then."""
+        labels = self.dataset.labels
+        like = self.pool[(labels[self.pool] == labels[index]) & (self.pool != index)]
+        yield from np.random.default_rng((self.seed or 0, epoch, index)).permutation(like).tolist()
 
     def _view(self, image: Image.Image, epoch: int, index: int, view: int) -> Tensor:
         if self.seed is None:
@@ -188,13 +227,20 @@ def _load(reader: _Reader, batches: Iterable[list[tuple[int, int]]], compute: Co
         pin_memory=compute.device == "cuda",
         generator=torch.Generator().manual_seed(0),
     )
-    yield from loader
+    for batch, lost in loader:
+        for index, reason in lost:
+            reader.dataset.lose(index, reason)
+        if batch is not None:
+            yield batch
 
 
-def _collate(samples: list[tuple[int, int, list[Tensor]]]) -> Batch:
-    indices, labels, views = zip(*samples)
-    images, *more = (torch.stack(view) for view in zip(*views))
-    return Batch(torch.tensor(indices), images, torch.tensor(labels), key_images_B3HW=more[0] if more else None)
+def _collate(samples: list[_Read]) -> tuple[Batch | None, list[tuple[int, str]]]:
+    lost = [entry for sample in samples for entry in sample.lost]
+    if not (samples := [sample for sample in samples if sample.views]):
+        return None, lost
+    indices, labels = ([getattr(sample, name) for sample in samples] for name in ("index", "label"))
+    images, *more = (torch.stack(view) for view in zip(*(sample.views for sample in samples)))
+    return Batch(torch.tensor(indices), images, torch.tensor(labels), key_images_B3HW=more[0] if more else None), lost
 
 
 def _mode(images: ImageSettings):

@@ -19,11 +19,18 @@ from tes.predictions import Predictions
 def predict(
     learner: Learner, dataset: Dataset, indices: np.ndarray, features: FrozenFeatures | None = None
 ) -> Predictions:
-    """Return every head's logits for the images `indices`; `features` are those of a backbone that was not trained."""
+    """Return every head's logits for the images `indices`; `features` are those of a backbone that was not trained.
+
+    Images that can no longer be read are left out: rows are known by their paths.
+    """
     if features is not None:
+        indices = features.readable(indices)
         features_NF = features(indices)
     else:
-        features_NF = compute_features(learner.backbone, dataset, indices, learner.compute)
+        wanted = dataset.present(indices)
+        features_NF = compute_features(learner.backbone, dataset, wanted, learner.compute)
+        indices = dataset.present(wanted)
+        features_NF = features_NF[np.isin(wanted, indices)]
     if not torch.isfinite(features_NF).all():
         raise TrainingError(
             "The trained network's features are not finite: training has diverged. Lower the learning rate (--lr), set"
@@ -36,7 +43,7 @@ def predict(
 def out_of_fold(config: Config, given: Given) -> Predictions:
     """Return what the start's problem says about training images that it was not fitted to (5 folds)."""
     dataset = given.dataset
-    indices = dataset.indices("train")
+    indices = given.features.readable(dataset.indices("train"))
     labels_N = torch.from_numpy(dataset.labels[indices])
     units_N = find_units([dataset.sha1s[index] for index in indices], [dataset.groups[index] for index in indices])
     problem = head_problem(config, given.prior)

@@ -378,4 +378,4 @@ def _warm_up(settings: Settings, loaded: Loaded, plan: Plan, missing: Sequence[t
     if plan.split == "val" or not is_solved:
         wanted = loaded.dataset.splits != "test"
     compute = Compute(config.device, config.precision, config.memory_format, config.num_workers or 0)
-    loaded.features(compute)(np.flatnonzero(wanted))
+    loaded.features(compute).readable(np.flatnonzero(wanted))
