@@ -105,3 +105,13 @@ def with_prior(tmp_path_factory: pytest.TempPathFactory, resnet: dict) -> dict[s
     np.savez(folder / "rows.npz", names=np.array([*COLOURS, *names]), embeddings=rows)
     source = {"backbone.source_classes": str(folder / "names.txt"), "text.encoder": f"file:{folder / 'rows.npz'}"}
     return {**resnet, **source}
+
+
+@pytest.fixture(scope="session")
+def miniature(tmp_path_factory: pytest.TempPathFactory):
+    """Return `miniature(task)`: a data root with a few images of the task in its official layout. Read-only."""
+    import functools
+
+    from miniatures import build
+
+    return functools.cache(lambda task: build(task, tmp_path_factory.mktemp(task)))

@@ -44,7 +44,12 @@ class Settings(BaseModel):
 class DataConfig(Settings):
     """Which images, which of them are trained on, and what the classes are called."""
 
-    source: str = Field(description="a folder of class folders, or a CSV with the columns path,label[,split][,group]")
+    source: str = Field(
+        description="a folder of class folders, a CSV with the columns path,label[,split][,group], or a task's name"
+    )
+    root: str | None = Field(
+        None, description="where tasks' data sets are, in their official layouts; None: $TES_DATA, else data"
+    )
     classes: str | None = Field(None, description="JSON, YAML or CSV with names, descriptions or prompts per class")
     only_classes: tuple[str, ...] | None = Field(None, description="keep these classes alone")
     shots: Annotated[int, Field(ge=0)] | None = Field(
@@ -96,13 +101,20 @@ class TextConfig(Settings):
 
     encoder: str = Field("minilm", description="minilm, bert:ID, clip:ID (Hub name or local folder), file:PATH")
     templates: Annotated[tuple[str, ...], Field(min_length=1)] | None = Field(
-        None, description="prompts with {} for the name, averaged; None: `a photo of a {}`"
+        None,
+        description="prompts with {} for the name, averaged; ensemble: the task's many (CLIP's); None: the task's own"
+        " one, else `a photo of a {}`",
     )
     centre: bool | None = Field(None, description="subtract the mean row; None: yes")
     pooling: Literal["mean", "cls"] | None = Field(None, description="of a bert encoder's tokens; None: mean")
     mix: bool = Field(
         False, description="average descriptions and templates, where otherwise descriptions replace them"
     )
+
+    @field_validator("templates", mode="before")
+    @classmethod
+    def _one_is_a_list_too(cls, value: Any) -> Any:
+        return (value,) if isinstance(value, str) else value
 
 
 class PriorConfig(Settings):

@@ -48,6 +48,7 @@ class Loaded:
 
     def class_text(self, config: TextConfig) -> TextClassifier:
         """Return the text classifier of the data's classes."""
+        config = self._with_templates(config)
         if config not in self._texts:
             built = text.build(self.dataset.classes, config, centre=config.centre is not False)
             built.aligned_with(self.dataset.classes)
@@ -56,6 +57,7 @@ class Loaded:
 
     def source_text(self, config: TextConfig) -> SourceText | str:
         """Return the source classes' rows, or, where a text prior is not possible, why."""
+        config = self._with_templates(config)
         if config not in self._sources:
             self._sources[config] = _embed_source(self.backbone, config)
         return self._sources[config]
@@ -90,6 +92,9 @@ class Loaded:
             seed=config.seed,
         )
         return Prior(rows_CF, config.prior.form, config.prior.kappa, config.prior.zero_shot_trust)
+
+    def _with_templates(self, config: TextConfig) -> TextConfig:
+        return text.with_templates(config, self.dataset.templates, self.dataset.ensemble)[0]
 
 
 def _embed_source(backbone: Backbone, config: TextConfig) -> SourceText | str:

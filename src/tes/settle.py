@@ -15,6 +15,7 @@ from tes.models.backbone import Backbone
 from tes.models.layers import layer_of
 from tes.models.precision import resolve_precision
 from tes.objectives.base import Objective
+from tes.text.prompts import with_templates
 from tes.text.vocabulary import SourceText
 
 NUM_EPOCHS = 20
@@ -116,7 +117,9 @@ def settle(
 
     def decide(key: str, value: Any, why: str) -> Any:
         values[key] = value
-        shown = [round(part, 4) for part in value] if isinstance(value, tuple) else value
+        shown = value
+        if isinstance(value, tuple):
+            shown = [round(part, 4) if isinstance(part, float) else part for part in value]
         reasons.append(f"  {key} = {shown}  ({why})")
         return value
 
@@ -141,6 +144,10 @@ def settle(
     for key, (value, why) in config.objective.decide(train).items():
         decide(f"objective.{key}", value, why)
     _settle_start(config, backbone, objective_class, source_text, decide)
+    if "class_text" in objective_class.needs or values.get("start", config.start) in PRIOR_STARTS:
+        filled, whose = with_templates(config.text, dataset.templates, dataset.ensemble)
+        if whose is not None:
+            decide("text.templates", filled.templates, whose)
     if config.refit == "auto":
         if train == "head" and config.data.shots is None:
             decide("refit", "trainval", "a head at full data: val has served once it has been scored")

@@ -24,7 +24,10 @@ _FIELDS = ("name", "description", "descriptions", "prompts", "coarse")
 
 @dataclass(frozen=True)
 class ClassInfo:
-    """One class: its label in the data, its readable name, and the texts and coarse class that a file gave it."""
+    """One class: its label in the data, its readable name, and the texts and coarse class that a file gave it.
+
+    `aliases` are further names by which a file may call it.
+    """
 
     label: str
     name: str
@@ -32,6 +35,7 @@ class ClassInfo:
     prompts: tuple[str, ...] = ()
     coarse: str | None = None
     extra: Mapping[str, Any] = field(default_factory=dict)
+    aliases: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -86,7 +90,7 @@ def read_classes_file(path: str | Path) -> list[ClassRow]:
 
 
 def apply_classes_file(classes: Sequence[ClassInfo], path: str | Path) -> tuple[list[ClassInfo], list[str]]:
-    """Give each class what the file says about it, matched by exact label, else by readable name.
+    """Give each class what the file says about it, matched by exact label, else by readable name, else by an alias.
 
     Returns:
         The classes in the same order, and the file's keys that match none of them.
@@ -99,7 +103,7 @@ def apply_classes_file(classes: Sequence[ClassInfo], path: str | Path) -> tuple[
     matched: dict[str, str] = {}
     used: dict[str, str] = {}
     for info in classes:
-        keys = index.find(info.label)
+        keys = next(filter(None, map(index.find, (info.label, info.name, *info.aliases))), [])
         if len(keys) > 1:
             raise DataError(
                 f"`{path}`: the rows {_quoted(keys)} could all mean the class `{info.label}`; "

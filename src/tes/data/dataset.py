@@ -62,6 +62,7 @@ class Dataset:
         source: Reads the images.
         metric: The figure that selects and is reported first: `mean_per_class` or `top1`.
         templates: The task's own prompts, where the user sets none.
+        ensemble: The task's many prompts, where the user asks for them.
         coverage: (found, official) number of images, where some of a task's list are missing.
     """
 
@@ -80,6 +81,7 @@ class Dataset:
     notes: list[str] = field(default_factory=list)
     metric: str = "mean_per_class"
     templates: tuple[str, ...] | None = None
+    ensemble: tuple[str, ...] | None = None
     coverage: tuple[int, int] | None = None
 
     @property
@@ -160,7 +162,7 @@ def load(config: DataConfig, seed: int = 0) -> Dataset:
 
 def open_dataset(config: DataConfig) -> Dataset:
     """Do the part of `load` that no seed touches: everything but the draw of shots or a fraction."""
-    source = open_source(config.source)
+    source = open_source(config.source, config.root, config.partial)
     samples, classes, notes = _samples_and_classes(source, config)
     dataset = _readable(source, samples, classes, config.max_unreadable, notes)
     if empty := sorted({info.label for info in classes} - {classes[label].label for label in dataset.labels}):
@@ -194,16 +196,17 @@ def draw(dataset: Dataset, config: DataConfig, seed: int) -> Dataset:
     return dataclasses.replace(dataset, splits=splits, untested=untested, notes=notes)
 
 
-def load_classes(config: DataConfig) -> list[ClassInfo]:
-    """Return the classes of a source with their texts, without reading an image.
+def load_classes(config: DataConfig) -> tuple[list[ClassInfo], Source]:
+    """Return the classes of a source with their texts, and the source; no image is read.
 
     Raises:
         DataError: As `load` does, as far as classes go.
     """
-    return _samples_and_classes(open_source(config.source), config)[1]
+    source = open_source(config.source, config.root, config.partial)
+    return _samples_and_classes(source, config)[1], source
 
 
-def load_labelled(ref: str, classes: Sequence[ClassInfo]) -> Dataset:
+def load_labelled(ref: str, classes: Sequence[ClassInfo], root: str | None = None, partial: bool = False) -> Dataset:
     """Open another data set for a model that knows `classes`; every image is in the split `test`.
 
     Its classes are matched by label, else by readable name; it need not have all of them.
@@ -211,12 +214,12 @@ def load_labelled(ref: str, classes: Sequence[ClassInfo]) -> Dataset:
     Raises:
         DataError: It has classes that the model does not know.
     """
-    source = open_source(ref)
+    source = open_source(ref, root, partial)
     index = NameIndex({info.label: [info.name] for info in classes})
     known: dict[str, str] = {}
     unknown: list[str] = []
     for label in sorted({sample.label for sample in source.samples}):
-        found = index.find(label)
+        found = index.find(label) or index.find((source.class_names or {}).get(label, label))
         if len(found) == 1:
             known[label] = found[0]
         else:
@@ -267,7 +270,11 @@ def _samples_and_classes(source: Source, config: DataConfig) -> tuple[list[Sampl
         raise DataError(f"`{config.source}` must have at least two classes to tell apart, but there is {only}.")
     classes = derive_classes(labels)
     if source.class_names is not None:
-        classes = [ClassInfo(label, name) for label, name in source.class_names.items() if label in labels]
+        classes = [
+            ClassInfo(label, name, aliases=source.aliases.get(label, ()))
+            for label, name in source.class_names.items()
+            if label in labels
+        ]
     if config.classes is not None:
         classes, ignored = apply_classes_file(classes, config.classes)
         if ignored:
@@ -316,8 +323,10 @@ def _readable(
     place = {info.label: number for number, info in enumerate(classes)}
     if seen.unreadable:
         notes = [*notes, f"Left out {counted(len(seen.unreadable), 'unreadable image')}: {shown}."]
+    # The name stands on every table and page, so the mark of an incomplete task stands there too.
+    mark = f" ({source.coverage[0]} / {source.coverage[1]} images)" if source.coverage else ""
     return Dataset(
-        name=source.name,
+        name=source.name + mark,
         classes=classes,
         paths=[sample.path for sample, _ in rows],
         labels=np.array([place[sample.label] for sample, _ in rows], dtype=np.int64),
@@ -330,6 +339,7 @@ def _readable(
         notes=notes,
         metric=source.metric,
         templates=source.templates,
+        ensemble=source.ensemble,
         coverage=source.coverage,
     )
 

@@ -6,7 +6,7 @@ import errno
 import re
 import stat
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -47,9 +47,12 @@ class Source(ABC):
         root: The folder that the images lie in, if they are files.
         class_names: The readable name of every label, in the order of the class index; None: the labels are sorted,
             and names derived from them.
+        aliases: Further names, by label, under which published class texts may know a class.
         templates: Prompts that suit the classes, where the user sets none.
+        ensemble: Many prompts that suit the classes, taken where the user asks for `ensemble`.
         metric: The figure that selects and is reported first: `mean_per_class` or `top1`.
         coverage: How many images there are and how many the official list has, where some are missing.
+        official: (found, official) number of `classes`, and of images for every split of a task's official list.
     """
 
     name: str
@@ -57,9 +60,12 @@ class Source(ABC):
     notes: Sequence[str] = ()
     root: Path | None = None
     class_names: Mapping[str, str] | None = None
+    aliases: Mapping[str, tuple[str, ...]] = {}
     templates: tuple[str, ...] | None = None
+    ensemble: tuple[str, ...] | None = None
     metric: str = "mean_per_class"
     coverage: tuple[int, int] | None = None
+    official: Mapping[str, tuple[int, int]] | None = None
 
     @abstractmethod
     def read(self, sample: Sample) -> bytes:
@@ -94,12 +100,22 @@ class LocalSource(Source):
         return self.root / sample.path
 
 
-def open_source(ref: str) -> Source:
-    """Open a folder, a CSV or TSV file, or `NAME:REF` for a source that is registered as NAME.
+def open_source(ref: str, root: str | None = None, partial: bool = False) -> Source:
+    """Open a task, a folder, a CSV or TSV file, or `NAME:REF` for a source that is registered as NAME.
+
+    Args:
+        ref: A word that names a task is the task; a folder that is called so here is written `./word`.
+        root: Where tasks' data sets are; None: `$TES_DATA`, else `data`.
+        partial: Accept a part of a task's official list.
 
     Raises:
         DataError: There is nothing there, or it is of no known kind.
     """
+    from tes.data.task import task_names
+    from tes.data.task_source import open_task
+
+    if ref in task_names():
+        return open_task(ref, root, partial)
     path = user_path(ref)
     kind, colon, rest = ref.partition(":")
     if not ref.strip():
@@ -112,7 +128,7 @@ def open_source(ref: str) -> Source:
         return sources.get("csv")(ref)
     if path.exists():
         raise DataError(f"`{ref}` is neither a folder nor a CSV or TSV file; unpack an archive first.")
-    raise no_such_path(path, "folder")
+    raise no_such_path(path, "folder", task_names() if path.name == ref else ())
 
 
 def counted(number: int, noun: str) -> str:
@@ -120,8 +136,8 @@ def counted(number: int, noun: str) -> str:
     return f"{number} {noun}{'' if number == 1 else 's'}"
 
 
-def no_such_path(path: Path, kind: str) -> DataError:
-    """Return the error for a path that does not exist, with the nearest name that does."""
+def no_such_path(path: Path, kind: str, others: Iterable[str] = ()) -> DataError:
+    """Return the error for a path that does not exist, with the nearest name that does, or that is in `others`."""
     parent = path.parent
     if not parent.is_dir():
         return DataError(f"There is no {kind} `{path}`, and no folder `{parent}`; check the path.")
@@ -129,7 +145,7 @@ def no_such_path(path: Path, kind: str) -> DataError:
         names = [entry.name for entry in parent.iterdir() if not entry.name.startswith(".")]
     except OSError:
         names = []
-    return DataError(f"There is no {kind} `{path}`.{did_you_mean(path.name, names)}")
+    return DataError(f"There is no {kind} `{path}`.{did_you_mean(path.name, [*names, *others])}")
 
 
 def _registered(ref: str, kind: str, rest: str) -> Source:

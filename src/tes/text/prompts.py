@@ -5,10 +5,41 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
+from tes.config import TextConfig
 from tes.data.classes_file import ClassInfo
 from tes.errors import TextError
 
 DEFAULT_TEMPLATES = ("a photo of a {}",)  # the authors' prompt: no article by the name, no full stop
+
+ENSEMBLE = ("ensemble",)
+"""What `text.templates` is where the user asks for a task's many prompts."""
+
+
+def with_templates(
+    config: TextConfig, single: Sequence[str] | None, ensemble: Sequence[str] | None
+) -> tuple[TextConfig, str | None]:
+    """Fill in the prompts that come with the data.
+
+    Args:
+        config: As the user left it, or filled in already.
+        single: What the data have for `templates: None`; None: nothing.
+        ensemble: What they have for `templates: ensemble`; None: nothing.
+
+    Returns:
+        The settings, and whose prompts they are; None where nothing was filled in.
+
+    Raises:
+        TextError: `ensemble` was asked for, and the data have none.
+    """
+    if config.templates == ENSEMBLE:
+        if ensemble is None:
+            raise TextError(
+                "`text.templates=ensemble` takes a task's prompts, and these data are no task; give templates with {}."
+            )
+        return config.model_copy(update={"templates": tuple(ensemble)}), "the task's ensemble, CLIP's"
+    if config.templates is None and single is not None:
+        return config.model_copy(update={"templates": tuple(single)}), "the task's own"
+    return config, None
 
 
 def class_prompts(info: ClassInfo, templates: Sequence[str] | None = None, mix: bool = False) -> list[str]:

@@ -37,8 +37,9 @@ def describe_text(config: Config, *, images: bool = True) -> dict[str, Any]:
         TesError: A sentence about the input or the environment.
     """
     if not images:
-        classes = data.load_classes(config.data)
-        classifier = text_room.build(classes, config.text, centre=config.text.centre is not False)
+        classes, source = data.load_classes(config.data)
+        settings, _ = text_room.with_templates(config.text, source.templates, source.ensemble)
+        classifier = text_room.build(classes, settings, centre=config.text.centre is not False)
         return text_room.text_report(classifier, classes)
     loaded = Loaded.open(config)
     report = text_room.text_report(loaded.class_text(config.text), loaded.dataset.classes)

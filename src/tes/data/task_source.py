@@ -1,0 +1,179 @@
+"""A task's images: found below the data root, read by the official lists, and held against what is known of them."""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+
+from tes.data.layouts import READERS
+from tes.data.layouts.base import damaged
+from tes.data.source import LocalSource, Sample
+from tes.data.task import Folder, Task, data_root, load_task, split_checksum
+from tes.errors import DataError, listing
+
+
+class TaskSource(LocalSource):
+    """The images of a task in a folder of the official layout.
+
+    Args:
+        task: What is known of it.
+        place: The layout.
+        folder: Where it is.
+        partial: Accept a part of the official list.
+
+    Attributes:
+        official: (found, official) number of classes, and of images per official split.
+
+    Raises:
+        DataError: The lists are not the official ones, or images are missing and `partial` does not allow for it.
+    """
+
+    def __init__(self, task: Task, place: Folder, folder: Path, partial: bool) -> None:
+        super().__init__(folder, task.name)
+        self.task = task
+        self.metric = task.metric
+        self.templates, self.ensemble = (task.templates.single,), task.templates.ensemble
+        self.aliases = task.also
+        listed = READERS[place.layout](folder, task)
+        self.packed = listed.packed
+        self.notes = _verify(task, folder, listed.samples, partial)
+        present = listed.samples if self.packed else _on_disk(folder, listed.samples)
+        if not partial:
+            _require_all(task, folder, listed.samples, present)
+        self.samples = _with_classes_to_learn(present, self.notes)
+        if not self.samples:
+            raise DataError(f"No training image of `{task.name}` is in `{folder}`; {how_to_get(task)}.")
+        found = Counter(sample.split for sample in self.samples)
+        labels = {sample.label for sample in self.samples}
+        self.class_names = {label: name for label, name in task.classes.items() if label in labels}
+        self.official = {"classes": (len(labels), task.num_classes)}
+        self.official |= {split: (found[split], number) for split, number in task.splits.items()}
+        if len(self.samples) < sum(task.splits.values()):
+            self.coverage = (len(self.samples), sum(task.splits.values()))
+            self.notes.append(f"Found / official: {found_of_official(self.official)}.")
+
+    def read(self, sample: Sample) -> bytes:
+        """Return the image as a file's content."""
+        return self.packed.read(sample.path) if self.packed else super().read(sample)
+
+    def locate(self, sample: Sample) -> Path:
+        """Return the file that holds the image."""
+        return self.packed.locate(sample.path) if self.packed else super().locate(sample)
+
+
+def open_task(name: str, root: str | None = None, partial: bool = False) -> TaskSource:
+    """Open a task's images, from the first of its sources that is there.
+
+    Args:
+        name: One of `task_names()`.
+        root: The folder of the tasks' data sets; None: `$TES_DATA`, else `data`.
+        partial: Accept a part of the official list.
+
+    Raises:
+        DataError: The data are nowhere, or are not what they should be.
+    """
+    task, below = load_task(name), data_root(root)
+    for place in task.sources:
+        if (folder := place.find(below)) is not None:
+            return TaskSource(task, place, folder, partial)
+    raise DataError(f"The data of the task `{name}` ({task.title}) are not in `{below}`; {how_to_get(task)}.")
+
+
+def found_of_official(official: Mapping[str, tuple[int, int]]) -> str:
+    """Return "3 / 102 classes, 6 / 1020 train, …"."""
+    return ", ".join(f"{found} / {number} {what}" for what, (found, number) in official.items())
+
+
+def how_to_get(task: Task) -> str:
+    """Return where a task's data come from and where they are expected, as the end of a sentence."""
+    place = task.sources[0]
+    return (
+        f"get them from {task.home} and unpack them as `{place.folders[0]}` ({place.holds}) below a folder that"
+        " --data-root (or $TES_DATA) names"
+    )
+
+
+def _verify(task: Task, folder: Path, samples: Sequence[Sample], partial: bool) -> list[str]:
+    """Hold what the lists say against what is known of the task; return what could not be held against it.
+
+    Raises:
+        DataError: They are not the official lists, nor, with `partial`, a part of them.
+    """
+    again = f"get the official lists again from {task.home}"
+    if unknown := sorted({sample.label for sample in samples} - task.classes.keys()):
+        raise DataError(
+            f"`{task.name}` in `{folder}` has classes that it should not have: {listing(unknown)}; {again}."
+        )
+    if twice := [path for path, number in Counter(sample.path for sample in samples).items() if number > 1]:
+        raise DataError(f"The lists of `{task.name}` in `{folder}` have images twice: {listing(twice, 3)}; {again}.")
+    listed = Counter(sample.split for sample in samples)
+    num_classes = len({sample.label for sample in samples})
+    wrong = [
+        f"{listed[split]} {split} images instead of {number}"
+        for split, number in task.splits.items()
+        if (listed[split] > number if partial else listed[split] != number)
+    ]
+    if wrong and num_classes < task.num_classes:
+        wrong.append(f"{num_classes} classes instead of {task.num_classes}")
+    if wrong:
+        advice = again if partial else f"{again}, or accept a part of them with --partial"
+        raise DataError(f"`{task.name}` in `{folder}` lists {', '.join(wrong)}; {advice}.")
+    if task.unverified:
+        return [f"Its lists are unverified: {task.unverified}."]
+    if task.md5:
+        files = {folder / name: md5 for name, md5 in task.md5.items()}
+        if partial or not all(file.is_file() for file in files):
+            return ["Its files were not held against the official ones, whose MD5 is known."]
+        if differing := [file for file, md5 in files.items() if _md5(file) != md5]:
+            raise damaged(differing[0], task, "is not the official file (its MD5 differs)")
+        return []
+    if len(samples) < sum(task.splits.values()):
+        return ["The lists are a part of the official ones, so they cannot be held against their checksum."]
+    if split_checksum(samples) != task.checksum:
+        raise DataError(
+            f"The lists of `{task.name}` in `{folder}` have the right counts but are not the official ones: an image, a"
+            f" label or a split was changed (their checksum differs); {again}."
+        )
+    return []
+
+
+def _on_disk(folder: Path, samples: Iterable[Sample]) -> list[Sample]:
+    """Return the samples whose file is there; folders are listed, which is quicker than to ask for every file."""
+    below: dict[str, list[Sample]] = defaultdict(list)
+    for sample in samples:
+        below[sample.path.rpartition("/")[0]].append(sample)
+    found = []
+    for name, inside in below.items():
+        try:
+            files = {file.name for file in (folder / name).iterdir()}
+        except OSError:
+            continue
+        found += [sample for sample in inside if sample.path.rpartition("/")[2] in files]
+    return found
+
+
+def _require_all(task: Task, folder: Path, listed: Sequence[Sample], present: Sequence[Sample]) -> None:
+    if len(present) == len(listed):
+        return
+    there = {sample.path for sample in present}
+    gone = [sample.path for sample in listed if sample.path not in there]
+    raise DataError(
+        f"Of the {len(listed)} images of `{task.name}`, {len(gone)} are not in `{folder}`: {listing(gone, 3)}; complete"
+        f" the download from {task.home}, or take what is there with --partial."
+    )
+
+
+def _with_classes_to_learn(samples: list[Sample], notes: list[str]) -> list[Sample]:
+    trained = {sample.label for sample in samples if sample.split == "train"}
+    untrained = sorted({sample.label for sample in samples} - trained)
+    if untrained:
+        notes.append(f"Left out, for want of a training image: {listing([f'`{label}`' for label in untrained])}.")
+    return [sample for sample in samples if sample.label in trained]
+
+
+def _md5(file: Path) -> str:
+    # The digest that was published: it guards against mistakes, not against an attacker.
+    with file.open("rb") as content:
+        return hashlib.file_digest(content, lambda: hashlib.md5(usedforsecurity=False)).hexdigest()
