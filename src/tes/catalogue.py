@@ -9,6 +9,7 @@ from pydantic import BaseModel
 
 from tes.config import Config
 from tes.data.source import sources
+from tes.data.task import load_task, task_names
 from tes.errors import ConfigError, did_you_mean
 from tes.objectives import objectives
 from tes.registry import Registry
@@ -18,7 +19,7 @@ KINDS: dict[str, Registry] = {"objectives": objectives, "sources": sources, "enc
 
 
 def available(kind: str) -> list[str]:
-    """Return the names of `objectives`, `sources`, `encoders`, `backbones` (timm's, and `lite0`), or all `settings`.
+    """Return the names of one kind, `backbones` being timm's and `lite0`, or all `settings`.
 
     Raises:
         ConfigError: There is no such kind.
@@ -29,7 +30,17 @@ def available(kind: str) -> list[str]:
         return ["lite0", *timm.list_models()]
     if kind == "settings":
         return [*_settings(Config), *(line for name in objectives.names() for line in _objective_settings(name))]
+    if kind == "tasks":
+        return list(task_names())
     return _registry(kind).names()
+
+
+def tasks() -> list[dict[str, Any]]:
+    """Return what there is to choose from of tasks: `name`, `num_classes`, `metric`, `splits` (official sizes)."""
+    return [
+        {"name": task.name, "num_classes": task.num_classes, "metric": task.metric, "splits": dict(task.splits)}
+        for task in map(load_task, task_names())
+    ]
 
 
 def register(kind: str, name: str) -> Callable[[Any], Any]:
@@ -59,6 +70,6 @@ def _objective_settings(name: str) -> list[str]:
 
 def _registry(kind: str) -> Registry:
     if kind not in KINDS:
-        kinds = [*KINDS, "backbones", "settings"]
+        kinds = [*KINDS, "tasks", "backbones", "settings"]
         raise ConfigError(f"There is no kind `{kind}`.{did_you_mean(kind, kinds)} Known: {', '.join(kinds)}.")
     return KINDS[kind]

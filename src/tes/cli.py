@@ -40,12 +40,22 @@ class Kind(StrEnum):
     objectives = "objectives"
     encoders = "encoders"
     sources = "sources"
+    tasks = "tasks"
     settings = "settings"
 
 
 Data = Annotated[
-    str, typer.Argument(metavar="DATA", help="A folder of class folders, or a CSV: path,label[,split][,group].")
+    str,
+    typer.Argument(
+        metavar="DATA",
+        help="A folder of class folders, a CSV (path,label[,split][,group]), or a task (`tes list tasks`).",
+    ),
 ]
+DataRoot = Annotated[
+    str | None,
+    typer.Option(metavar="DIR", help="Where tasks' data sets are, in official layouts; default: $TES_DATA, else data."),
+]
+Partial = Annotated[bool, typer.Option("--partial", help="Accept a part of a task's official list.")]
 Classes = Annotated[
     str | None, typer.Option(metavar="FILE", help="Names, descriptions or prompts per class (JSON, YAML, CSV).")
 ]
@@ -106,6 +116,8 @@ def train(
     ] = None,
     shots: Shots = None,
     fraction: Fraction = None,
+    data_root: DataRoot = None,
+    partial: Partial = False,
     classes: Classes = None,
     only_classes: OnlyClasses = None,
     backbone: BackboneName = None,
@@ -120,7 +132,6 @@ def train(
     seed: Seed = None,
     device: Device = None,
     workers: Annotated[int | None, typer.Option(help="Processes that read images.")] = None,
-    partial: Annotated[bool, typer.Option("--partial", help="Accept a subset of a task's official list.")] = False,
     against: Annotated[
         str | None, typer.Option(help="ce: with --train all, train that too and compare on val.")
     ] = None,
@@ -136,8 +147,7 @@ def train(
     """Fine-tune on a folder or CSV of images; writes a run folder with the model, predictions and metrics."""
     flags = {
         "data.source": data,
-        **_data_flags(classes, only_classes, shots, fraction),
-        "data.partial": partial or None,
+        **_data_flags(data_root, partial, classes, only_classes, shots, fraction),
         "objective": objective,
         "train": train,
         "start": start,
@@ -182,8 +192,10 @@ def evaluate(
     run: RunFolder,
     split: Annotated[str, typer.Option(help="val or test.")] = "test",
     data: Annotated[
-        str | None, typer.Option(help="Score another labelled folder or CSV; classes are matched by name.")
+        str | None, typer.Option(help="Score other labelled images: a folder, CSV or task; classes go by name.")
     ] = None,
+    data_root: DataRoot = None,
+    partial: Partial = False,
     backbone: BackboneName = None,
     as_json: AsJson = False,
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
@@ -191,7 +203,7 @@ def evaluate(
     """Print a run's metrics: of its saved predictions, or on another labelled data set."""
     from tes.verbs.evaluate import evaluate as evaluate_run
 
-    result = evaluate_run(run, split, data_source=data, backbone=backbone)
+    result = evaluate_run(run, split, data_source=data, data_root=data_root, partial=partial, backbone=backbone)
     if as_json:
         print(json.dumps(result, ensure_ascii=False))
     else:
@@ -293,6 +305,8 @@ def calibrate(
 @app.command()
 def text(
     data: Data,
+    data_root: DataRoot = None,
+    partial: Partial = False,
     classes: Classes = None,
     only_classes: OnlyClasses = None,
     text: Text = None,
@@ -315,7 +329,7 @@ def text(
 
     flags = {
         "data.source": data,
-        **_data_flags(classes, only_classes, None, None),
+        **_data_flags(data_root, partial, classes, only_classes, None, None),
         "text.encoder": text,
         "backbone.name": backbone,
         "backbone.checkpoint": checkpoint,
@@ -334,6 +348,8 @@ def text(
 @app.command()
 def check(
     data: Data,
+    data_root: DataRoot = None,
+    partial: Partial = False,
     classes: Classes = None,
     only_classes: OnlyClasses = None,
     shots: Shots = None,
@@ -355,7 +371,7 @@ def check(
 
     flags = {
         "data.source": data,
-        **_data_flags(classes, only_classes, shots, fraction),
+        **_data_flags(data_root, partial, classes, only_classes, shots, fraction),
         "objective": objective,
         "backbone.name": backbone,
         "backbone.checkpoint": checkpoint,
@@ -386,6 +402,8 @@ def compare(
         bool, typer.Option("--controls/--no-controls", help="Add the arms that tell what a gain is owed to.")
     ] = True,
     train: Annotated[str | None, typer.Option(help="head (solved in seconds) or all; default: all on a GPU.")] = None,
+    data_root: DataRoot = None,
+    partial: Partial = False,
     classes: Classes = None,
     only_classes: OnlyClasses = None,
     backbone: BackboneName = None,
@@ -406,7 +424,7 @@ def compare(
     """Does text help on your data? Arms from the same splits and seeds, with statistics and a sentence for each."""
     flags = {
         "data.source": data,
-        **_data_flags(classes, only_classes, None, None),
+        **_data_flags(data_root, partial, classes, only_classes, None, None),
         "train": train,
         "backbone.name": backbone,
         "backbone.checkpoint": checkpoint,
@@ -462,8 +480,17 @@ def report(
 @app.command("list")
 def list_(kind: Annotated[Kind, typer.Argument(help="What to list.")], as_json: AsJson = False) -> None:
     """List what can be chosen by name."""
-    from tes.catalogue import available
+    from tes.catalogue import available, tasks
 
+    if kind is Kind.tasks:
+        rows = tasks()
+        lines = [
+            f"{row['name']:12}{row['num_classes']:>4} classes  {row['metric']:16}"
+            + " / ".join(f"{number} {split}" for split, number in row["splits"].items())
+            for row in rows
+        ]
+        print(json.dumps(rows) if as_json else "\n".join(lines))
+        return
     names = available(kind.value)
     print(json.dumps(names) if as_json else "\n".join(names))
 
@@ -537,9 +564,16 @@ def _fail(message: str, code: int) -> int:
 
 
 def _data_flags(
-    classes: str | None, only_classes: str | None, shots: str | None, fraction: float | None
+    root: str | None,
+    partial: bool,
+    classes: str | None,
+    only_classes: str | None,
+    shots: str | None,
+    fraction: float | None,
 ) -> dict[str, Any]:
     return {
+        "data.root": root,
+        "data.partial": partial or None,
         "data.classes": classes,
         "data.only_classes": None if only_classes is None else [part.strip() for part in only_classes.split(",")],
         "data.shots": None if shots in (None, "all") else shots,
@@ -552,6 +586,7 @@ def _same_data(settings: Any) -> str:
     chosen = settings.data.only_classes
     subset = f"{100 * settings.data.fraction:g}%" if settings.data.fraction else settings.data.shots
     flags = {
+        "--data-root": settings.data.root,
         "--shots": None if subset is None else subset or 1,
         "--only-classes": None if chosen is None else ",".join(chosen),
         "--classes": settings.data.classes,
@@ -559,7 +594,8 @@ def _same_data(settings: Any) -> str:
         "--checkpoint": settings.backbone.checkpoint,
         "--train": settings.train if settings.train != "auto" else None,
     }
-    return "".join(f" {flag} {shlex.quote(str(value))}" for flag, value in flags.items() if value is not None)
+    given = [f" {flag} {shlex.quote(str(value))}" for flag, value in flags.items() if value is not None]
+    return "".join(given) + (" --partial" if settings.data.partial else "")
 
 
 def _goes_on(settings: Any, folder: Path) -> str:

@@ -9,6 +9,7 @@ import numpy as np
 
 from tes import data, text
 from tes.config import Config
+from tes.data.task_source import found_of_official
 from tes.engine.features import compute_features
 from tes.errors import listing
 from tes.loaded import Loaded
@@ -61,6 +62,7 @@ def check(config: Config) -> dict[str, Any]:
         "num_classes": dataset.num_classes,
         "metric": dataset.metric,
         "splits": {split: len(dataset.indices(split)) for split in ("train", "val", "test")},
+        "official": dataset.source.official,
         "classes": [
             {"class": info.label, "name": info.name, "num_images": int(count)}
             for info, count in zip(dataset.classes, counts)
@@ -87,10 +89,15 @@ def render(result: dict[str, Any]) -> str:
     lines = [
         f"{result['data']}: {result['num_classes']} classes, {splits} images; metric: {METRICS[result['metric']]}",
         f"images per class: {min(counts)} to {max(counts)}",
-        "class names: " + listing([f"{row['class']} → {row['name']}" for row in result["classes"]], 6),
     ]
+    if result["official"]:
+        lines.append(f"found / official: {found_of_official(result['official'])}")
     if result["text"]:
-        lines.append(f"text: {result['text']['encoder']}; prompts such as: {listing(result['text']['prompts'][0], 2)}")
+        lines.append(f"text: {result['text']['encoder']}; classes such as:")
+        for row, prompts in zip(result["classes"][:3], result["text"]["prompts"]):
+            lines.append(f"  {row['class']} → {row['name']}: {listing(prompts, 2)}")
+    else:
+        lines.append("classes: " + listing([f"{row['class']} → {row['name']}" for row in result["classes"]], 6))
     forward, backbone = result["forward"], result["backbone"]
     lines.append(
         f"backbone: {backbone['name']}, {backbone['num_features']} features; {forward['num_images']} images of"

@@ -21,6 +21,8 @@ def evaluate(
     split: str = "test",
     *,
     data_source: str | None = None,
+    data_root: str | None = None,
+    partial: bool = False,
     backbone: str | None = None,
     network: nn.Module | None = None,
 ) -> dict[str, Any]:
@@ -29,7 +31,9 @@ def evaluate(
     Args:
         run: A run or its folder.
         split: `val` or `test`, from the saved predictions.
-        data_source: Another labelled folder or CSV, to run the model on; its classes are matched by name.
+        data_source: Another labelled folder, CSV or task, to run the model on; its classes are matched by name.
+        data_root: Where tasks' data sets are.
+        partial: Accept a part of a task's official list.
         backbone: For an own module, its `package.module:factory`, repeated: a run's own word is not imported.
         network: The module itself, likewise.
 
@@ -51,7 +55,12 @@ def evaluate(
                 " are those before it"
             ]
     else:
-        dataset, predictions = _predict_elsewhere(run, data_source, backbone, network)
+        classes = [
+            data.ClassInfo(label=str(row["class"]), name=str(row["name"]), coarse=row.get("coarse"))
+            for row in run.classes
+        ]
+        dataset = data.load_labelled(data_source, classes, data_root, partial)
+        predictions = _predict_elsewhere(run, dataset, backbone, network)
         result = {"split": "all", "data": dataset.name}
         coarse = [info.coarse for info in dataset.classes]
     heads = evaluate_split(predictions, coarse)
@@ -66,15 +75,9 @@ def evaluate(
     }
 
 
-def _predict_elsewhere(
-    run: Run, source: str, backbone: str | None, network: nn.Module | None
-) -> tuple[data.Dataset, Predictions]:
+def _predict_elsewhere(run: Run, dataset: data.Dataset, backbone: str | None, network: nn.Module | None) -> Predictions:
     from tes.engine.scoring import predict
     from tes.reopen import load_learner, recorded_compute
 
-    classes = [
-        data.ClassInfo(label=str(row["class"]), name=str(row["name"]), coarse=row.get("coarse")) for row in run.classes
-    ]
-    dataset = data.load_labelled(source, classes)
     learner = load_learner(run, backbone=backbone, network=network, compute=recorded_compute(run))
-    return dataset, predict(learner, dataset, dataset.indices("test"))
+    return predict(learner, dataset, dataset.indices("test"))
