@@ -249,6 +249,7 @@ def predict(
 def diagnose(
     runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Run folders; two seeds of ce tell most.")],
     data: WhereData = None,
+    data_root: DataRoot = None,
     text: Annotated[
         str | None, typer.Option("--text", help="Embeds the class names for runs without a text head.")
     ] = None,
@@ -262,7 +263,15 @@ def diagnose(
     from tes.diagnosis import render
     from tes.verbs.diagnose import diagnose as diagnose_runs
 
-    result = diagnose_runs(runs, data_source=data, text_encoder=text, backbone=backbone, checkpoint=checkpoint, out=out)
+    result = diagnose_runs(
+        runs,
+        data_source=data,
+        data_root=data_root,
+        text_encoder=text,
+        backbone=backbone,
+        checkpoint=checkpoint,
+        out=out,
+    )
     print(json.dumps(result, ensure_ascii=False) if as_json else render(result))
 
 
@@ -270,6 +279,7 @@ def diagnose(
 def average(
     run: RunFolder,
     data: WhereData = None,
+    data_root: DataRoot = None,
     backbone: BackboneName = None,
     checkpoint: WhereWeights = None,
     out: Annotated[str | None, typer.Option(help="The new run; default: runs/<data>-<arm>-averaged-<n>.")] = None,
@@ -281,7 +291,13 @@ def average(
     from tes.verbs.average import render
 
     averaged = average_run(
-        run, out=out, overwrite=overwrite, data_source=data, backbone=backbone, checkpoint=checkpoint
+        run,
+        out=out,
+        overwrite=overwrite,
+        data_source=data,
+        data_root=data_root,
+        backbone=backbone,
+        checkpoint=checkpoint,
     )
     print(render(averaged))
     print(_metrics_table(averaged.metrics, averaged.primary_metric))
@@ -469,12 +485,13 @@ def report(
         str | None, typer.Option(metavar="FILE", help="The page; default: report.html in the folder.")
     ] = None,
     data: Annotated[str | None, typer.Option(help="The photos, for more pictures than the folder keeps.")] = None,
+    data_root: DataRoot = None,
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
 ) -> None:
     """Write a page to look at and to send on: one HTML file, no network; and a run's doubted labels as CSV."""
     from tes.verbs.report import report as write_report
 
-    print(f"report: {write_report(folder, out=out, data=data)}")
+    print(f"report: {write_report(folder, out=out, data=data, data_root=data_root)}")
 
 
 @app.command("list")

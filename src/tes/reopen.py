@@ -137,6 +137,7 @@ def reopen(
     run: Run,
     *,
     data_source: str | None,
+    data_root: str | None = None,
     backbone: str | None = None,
     checkpoint: str | None = None,
     network: nn.Module | None = None,
@@ -146,6 +147,7 @@ def reopen(
     Args:
         run: Finished.
         data_source: Where the images are.
+        data_root: Where tasks' data sets are, if they are a task's.
         backbone: The backbone's name, repeated, where it is an own module or has its weights from the Hub.
         checkpoint: Where the pre-trained weights are, if they came from a file.
         network: An own module itself, pre-trained, in place of `backbone`. It is not changed.
@@ -157,7 +159,7 @@ def reopen(
     compute = recorded_compute(run)
     trained = copy.deepcopy(network) if network is not None else None
     learner = load_learner(run, backbone=backbone, network=trained, compute=compute)
-    dataset = reopen_data(run, data_source)
+    dataset = reopen_data(run, data_source, data_root)
     if run.summary.get("train") == "head":
         # What was never trained is in the folder itself: no checkpoint, and no network, is needed.
         _require_fingerprint(run, learner.backbone, f"The backbone in `{run.path}`", "the file is damaged")
@@ -187,7 +189,7 @@ def reopen(
     return Reopened(run, learner, pretrained, dataset)
 
 
-def reopen_data(run: Run, data_source: str | None) -> Dataset:
+def reopen_data(run: Run, data_source: str | None, data_root: str | None = None) -> Dataset:
     """Return the images of a run's splits.csv, found by their content, with the labels and splits that it recorded.
 
     Raises:
@@ -200,9 +202,10 @@ def reopen_data(run: Run, data_source: str | None) -> Dataset:
         recorded = (run.settings.get("data") or {}).get("source")
         raise RunError(
             f"The images of `{run.path}` were in `{recorded}`, which is not opened on a run folder's word; say where"
-            f" they are: --data {recorded}."
+            f" they are: {data_flags(run)}."
         )
-    source = open_source(data_source)
+    # A part of a task will do, as long as the run's own images are in it.
+    source = open_source(data_source, data_root, partial=True)
     where, lost = _find(source, rows)
     if lost:
         are = "is" if len(lost) == 1 else "are"
@@ -224,6 +227,12 @@ def reopen_data(run: Run, data_source: str | None) -> Dataset:
         source=_Recorded(source, where),
         metric=run.primary_metric,
     )
+
+
+def data_flags(run: Run) -> str:
+    """Return the flags that name a run's images, as it recorded them."""
+    recorded = run.settings.get("data") or {}
+    return f"--data {recorded.get('source')}" + (f" --data-root {recorded['root']}" if recorded.get("root") else "")
 
 
 def saved_classes(run: Run) -> list[ClassInfo]:

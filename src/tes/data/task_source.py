@@ -74,11 +74,18 @@ def open_task(name: str, root: str | None = None, partial: bool = False) -> Task
     Raises:
         DataError: The data are nowhere, or are not what they should be.
     """
-    task, below = load_task(name), data_root(root)
-    for place in task.sources:
-        if (folder := place.find(below)) is not None:
-            return TaskSource(task, place, folder, partial)
-    raise DataError(f"The data of the task `{name}` ({task.title}) are not in `{below}`; {how_to_get(task)}.")
+    task = load_task(name)
+    found = find_folder(task, root)
+    if found is None:
+        where = data_root(root)
+        raise DataError(f"The data of the task `{name}` ({task.title}) are not in `{where}`; {how_to_get(task)}.")
+    return TaskSource(task, *found, partial)
+
+
+def find_folder(task: Task, root: str | None = None) -> tuple[Folder, Path] | None:
+    """Return the first of a task's sources that is below the data root, and where; None: there is none."""
+    below = data_root(root)
+    return next(((place, folder) for place in task.sources if (folder := place.find(below)) is not None), None)
 
 
 def found_of_official(official: Mapping[str, tuple[int, int]]) -> str:

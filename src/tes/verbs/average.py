@@ -59,6 +59,7 @@ def average(
     out: str | None = None,
     overwrite: bool = False,
     data_source: str | None = None,
+    data_root: str | None = None,
     backbone: str | None = None,
     checkpoint: str | None = None,
     network: nn.Module | None = None,
@@ -70,6 +71,7 @@ def average(
         out: The new folder; None: `runs/<data>-<arm>-averaged-<n>`.
         overwrite: Replace the run that stands in `out`.
         data_source: Where the images are: a run folder's word is not enough to open them.
+        data_root: Where tasks' data sets are.
         backbone: Its name, repeated, where it is an own module or has its weights from the Hub.
         checkpoint: Where the pre-trained weights are, if they came from a file; likewise.
         network: An own module itself, pre-trained.
@@ -80,16 +82,22 @@ def average(
     began = time.monotonic()
     run = run if isinstance(run, Run) else Run.open(run)
     _refuse(run)
-    where = {"data_source": data_source, "backbone": backbone, "checkpoint": checkpoint, "network": network}
+    where = {
+        "data_source": data_source,
+        "data_root": data_root,
+        "backbone": backbone,
+        "checkpoint": checkpoint,
+        "network": network,
+    }
     it = reopen(run, **where)
     start, end = _weights(it)
     if all(torch.equal(start[name], end[name]) for name in start):
         raise RunError(f"`{run.path}` ended where it started, with its start's solution: there is nothing to average.")
-    settings = _settings(run, data_source, checkpoint)
+    settings = _settings(run, data_source, data_root, checkpoint)
     refuse_out_among_images(user_path(out or "runs"), user_path(settings["data"]["source"]))
     if out is not None and user_path(out).resolve() == run.path.resolve():
         raise RunError(f"`{out}` is the run that is averaged, and stays; choose another --out.")
-    with claim(out, f"{it.dataset.name}-{run.summary['arm']}-averaged", overwrite) as claimed:
+    with claim(out, f"{it.dataset.source.name}-{run.summary['arm']}-averaged", overwrite) as claimed:
         _average(it, start, end, claimed.path, settings)
         append_jsonl(claimed.path / "timing.jsonl", {"seconds": round(time.monotonic() - began, 3)})
     return Run.open(claimed.path)
@@ -229,11 +237,11 @@ def calibrated_losses(predictions: Predictions) -> np.ndarray:
     return -np.take_along_axis(tempered(log_p_NC, temperature), predictions.labels[:, None], axis=1)[:, 0]
 
 
-def _settings(run: Run, data_source: str | None, checkpoint: str | None) -> dict[str, Any]:
+def _settings(run: Run, data_source: str | None, data_root: str | None, checkpoint: str | None) -> dict[str, Any]:
     """Return the run's settings, with its images and weights where they are now."""
     settings = copy.deepcopy(run.settings)
     if data_source is not None:
-        settings["data"]["source"] = data_source
+        settings["data"]["source"], settings["data"]["root"] = data_source, data_root
     if checkpoint is not None:
         settings["backbone"]["checkpoint"] = checkpoint
     return settings

@@ -23,7 +23,7 @@ from tes.engine.solve import LinearHead
 from tes.errors import RunError, TesError
 from tes.files import user_path, write_atomic, write_json
 from tes.metrics import confusion_matrix, mean_per_class
-from tes.reopen import Reopened, reopen, saved_classes, saved_rows, section
+from tes.reopen import Reopened, data_flags, reopen, saved_classes, saved_rows, section
 from tes.run import Run
 
 FORMAT = 1
@@ -39,6 +39,7 @@ def diagnose(
     runs: Sequence[Run | str | Path],
     *,
     data_source: str | None = None,
+    data_root: str | None = None,
     text_encoder: str | None = None,
     backbone: str | None = None,
     checkpoint: str | None = None,
@@ -54,6 +55,7 @@ def diagnose(
         data_source: Where the images are: a run folder's word is not enough to open them. None: what the folders
             alone allow.
         text_encoder: Embeds the class names for runs without a text head; None: the recorded one if it is `minilm`.
+        data_root: Where tasks' data sets are.
         backbone: Its name, repeated, where it is an own module or has its weights from the Hub.
         checkpoint: Where the pre-trained weights are, if they came from a file; likewise.
         network: An own module itself, pre-trained.
@@ -74,7 +76,13 @@ def diagnose(
             raise RunError(f"`{run.path}` answers with its text head: it has no trained linear head to diagnose.")
         if not run.summary.get("num_train"):
             raise RunError(f"`{run.path}` was made from 0 shots: nothing was trained, so there is nothing to diagnose.")
-    where = {"data_source": data_source, "backbone": backbone, "checkpoint": checkpoint, "network": network}
+    where = {
+        "data_source": data_source,
+        "data_root": data_root,
+        "backbone": backbone,
+        "checkpoint": checkpoint,
+        "network": network,
+    }
     measured = [
         _measure(name, reopen(run, **where)) if data_source is not None else _from_folder(name, run)
         for name, run in zip(_names(opened), opened)
@@ -171,7 +179,6 @@ def _measure(name: str, it: Reopened) -> _Measured:
 def _from_folder(name: str, run: Run) -> _Measured:
     """Report what the folder alone allows: how textual the trained classifier is."""
     weight_CF, rows_CD = saved_rows(run)
-    source = (run.settings.get("data") or {}).get("source")
     return _Measured(
         _told(name, run, rows_CD is not None),
         tuple(str(row["class"]) for row in run.classes),
@@ -184,7 +191,7 @@ def _from_folder(name: str, run: Run) -> _Measured:
         section(run, "text", TextConfig),
         {},
         {},
-        [f"{name}: all that concerns W0 takes its images: --data {source}."],
+        [f"{name}: all that concerns W0 takes its images: {data_flags(run)}."],
     )
 
 

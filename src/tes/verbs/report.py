@@ -9,6 +9,8 @@ from pathlib import Path
 from tes import console
 from tes.comparison import Comparison
 from tes.data.source import LocalSource, open_source
+from tes.data.task import load_task, task_names
+from tes.data.task_source import find_folder
 from tes.errors import RunError, did_you_mean
 from tes.files import user_path, write_atomic
 from tes.page import comparison_page, run_page
@@ -19,7 +21,13 @@ from tes.run import Run
 PAGE, DOUBTS = "report.html", "doubts.csv"
 
 
-def report(folder: Run | Comparison | str | Path, *, out: str | Path | None = None, data: str | None = None) -> Path:
+def report(
+    folder: Run | Comparison | str | Path,
+    *,
+    out: str | Path | None = None,
+    data: str | None = None,
+    data_root: str | None = None,
+) -> Path:
     """Write a run's or a comparison's page: one HTML file that needs no other and no network. Return its path.
 
     Beside the page of a run lies `doubts.csv`: all images of its data set with the columns of a data table, and
@@ -28,7 +36,8 @@ def report(folder: Run | Comparison | str | Path, *, out: str | Path | None = No
     Args:
         folder: What `tes train` or `tes compare` left.
         out: The file; None: `report.html` in the folder.
-        data: The photos, for more pictures than the folder keeps: the folder or table that was trained on.
+        data: The photos, for more pictures than the folder keeps: the folder, table or task that was trained on.
+        data_root: Where tasks' data sets are.
 
     Raises:
         RunError: The folder is neither a run nor a comparison, or not finished; or the file cannot be written.
@@ -38,7 +47,7 @@ def report(folder: Run | Comparison | str | Path, *, out: str | Path | None = No
     page = user_path(out) if out is not None else opened.path / PAGE
     if page.is_dir():
         raise RunError(f"`{page}` is a folder; --out names the page's file.")
-    photos = open_source(data) if data is not None else None
+    photos = open_source(data, data_root, partial=True) if data is not None else None
     if isinstance(opened, Comparison):
         try:
             content = comparison_page(ComparisonFindings(opened, photos))
@@ -103,8 +112,12 @@ def _root(found: Findings) -> Path | None:
     """Return the folder that the images' paths start from, as far as it can be told."""
     if isinstance(found.photos, LocalSource):
         return found.photos.root.absolute()
-    recorded = user_path(str(found.run.settings.get("data", {}).get("source")))
+    settings = found.run.settings.get("data", {})
+    recorded = user_path(str(settings.get("source")))
     folder = recorded if recorded.is_dir() else recorded.parent if recorded.is_file() else None
+    if str(recorded) in task_names():
+        place = find_folder(load_task(str(recorded)), settings.get("root"))
+        folder = place[1] if place is not None else None
     if folder is None:
         console.note(
             f"`{recorded}` is not here: the paths in {DOUBTS} are relative to the folder of photos; put the table"
