@@ -14,7 +14,7 @@ def model_card(classes: list[ClassInfo], summary: dict[str, Any], seed: int, cit
     names = [_plain(info.name) for info in classes]
     shown = ", ".join(names[:20]) + (f" and {len(names) - 20} more" if len(names) > 20 else "")
     refit = summary["refit"]
-    trained = "the head alone" if summary["train"] == "head" else "all weights"
+    trained = trained_part(summary["train"])
     held = "`model.safetensors` holds backbone and head, `preprocess.json` and `classes.json` how to feed and read it,"
     if summary["default_head"] == "text":
         held = (
@@ -61,6 +61,13 @@ def model_card(classes: list[ClassInfo], summary: dict[str, Any], seed: int, cit
     if citation:
         lines += ["", f"Method: {citation}."]
     return "\n".join(lines) + "\n"
+
+
+def trained_part(train: str) -> str:
+    """Return in words what `train` has trained."""
+    num_last = train.removeprefix("last-")
+    layers = "the last layer" if num_last == "1" else f"the last {num_last} layers"
+    return {"head": "the head alone", "all": "all weights"}.get(train, f"{layers} and the head")
 
 
 def _plain(text: str) -> str:

@@ -110,7 +110,9 @@ def train(
             " as in tes@paper."
         ),
     ] = None,
-    train: Annotated[str | None, typer.Option(help="head (solved in seconds) or all; default: all on a GPU.")] = None,
+    train: Annotated[
+        str | None, typer.Option(help="head (solved in seconds), last-N (layers) or all; default: all on a GPU.")
+    ] = None,
     start: Annotated[
         str | None, typer.Option(help="What the head starts from: auto, probe, probe+prior, prior, random.")
     ] = None,
@@ -417,7 +419,9 @@ def compare(
     controls: Annotated[
         bool, typer.Option("--controls/--no-controls", help="Add the arms that tell what a gain is owed to.")
     ] = True,
-    train: Annotated[str | None, typer.Option(help="head (solved in seconds) or all; default: all on a GPU.")] = None,
+    train: Annotated[
+        str | None, typer.Option(help="head (solved in seconds), last-N (layers) or all; default: all on a GPU.")
+    ] = None,
     data_root: DataRoot = None,
     partial: Partial = False,
     classes: Classes = None,

@@ -8,6 +8,7 @@ file, a flag, `--set a.b=c`.
 from __future__ import annotations
 
 import functools
+import re
 import types
 import typing
 from collections.abc import Iterable, Mapping
@@ -268,7 +269,11 @@ class Config(Settings):
         " None: auto for tes, probe for every other objective",
     )
     prior: PriorConfig = PriorConfig()
-    train: Literal["auto", "head", "all"] = Field("auto", description="auto: all on an accelerator, else head")
+    train: str = Field(
+        "auto",
+        description="head; all; last-N: the last N layers of the backbone and the head; auto: all on an accelerator,"
+        " else head",
+    )
     optim: OptimConfig = OptimConfig()
     image: ImageConfig = ImageConfig()
     augment: AugmentConfig = AugmentConfig()
@@ -285,10 +290,24 @@ class Config(Settings):
     )
     out: str | None = Field(None, description="the run folder; None: runs/<data>-<arm>-<n>")
 
+    @field_validator("train")
+    @classmethod
+    def _names_a_part(cls, train: str) -> str:
+        if train == "last-0":
+            raise ValueError("last-0 trains no layer of the backbone; write `head`")
+        if train not in ("auto", "head", "all") and not re.fullmatch("last-[1-9][0-9]{0,3}", train):
+            raise ValueError(f"is auto, head, all or last-N, for example last-2 (got {train!r})")
+        return train
+
     @model_validator(mode="after")
     def _suits_the_objective(self) -> Config:
         self.objective.check(self.start, self.train)
         return self
+
+    @property
+    def num_last(self) -> int | None:
+        """N of `train: last-N`; else None."""
+        return int(self.train.removeprefix("last-")) if self.train.startswith("last-") else None
 
     @property
     def arm(self) -> str:

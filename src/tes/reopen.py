@@ -8,6 +8,7 @@ the backbone by its fingerprint.
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -35,6 +36,7 @@ from tes.files import read_json
 from tes.models.backbone import Backbone, build_network, load_backbone, own_network
 from tes.models.checkpoint import load_strictly, read_weights
 from tes.models.image_settings import ImageSettings
+from tes.models.layers import freeze_all_but_last
 from tes.objectives.base import ModelOutput, Objective
 from tes.objectives.text_head import TextHead
 from tes.run import Run, SplitRow
@@ -186,6 +188,7 @@ def reopen(
         raise ModelError(f"The backbone that `{run.path}` started from cannot be loaded: {problem}") from problem
     what = f"the checkpoint `{recorded.checkpoint}`" if recorded.checkpoint else f"`{recorded.name}`"
     _require_fingerprint(run, pretrained, what[0].upper() + what[1:], "name the right file with --checkpoint")
+    _freeze_as_in_training(run, learner.backbone)
     return Reopened(run, learner, pretrained, dataset)
 
 
@@ -338,6 +341,12 @@ def _require_fingerprint(run: Run, backbone: Backbone, what: str, mend: str) -> 
             f"{what} is not the backbone that `{run.path}` started from: the weights, or the code that builds the"
             f" network, have changed (fingerprint {backbone.fingerprint[:12]}, recorded {str(recorded)[:12]}); {mend}."
         )
+
+
+def _freeze_as_in_training(run: Run, backbone: Backbone) -> None:
+    found = re.fullmatch("last-([1-9][0-9]{0,3})", str(run.summary.get("train")))
+    if found is not None:
+        freeze_all_but_last(backbone.network, int(found[1]))
 
 
 def _repeated(name: str, backbone: str | None) -> str:

@@ -12,7 +12,7 @@ from tes.engine.compute import Compute, resolve_device, resolve_workers
 from tes.engine.loader import steps_per_epoch
 from tes.errors import ConfigError
 from tes.models.backbone import Backbone
-from tes.models.layers import layer_of
+from tes.models.layers import count_layers, layer_of
 from tes.models.precision import resolve_precision
 from tes.objectives.base import Objective
 from tes.text.prompts import with_templates
@@ -54,8 +54,10 @@ def check_needs(config: Config, objective_class: type[Objective]) -> None:
         ConfigError: The objective, the start and what is trained do not go together.
     """
     if config.data.shots == 0:
-        if config.train == "all":
-            raise ConfigError("0 shots leave nothing to train on: with `--shots 0` leave `--train all` out.")
+        if config.train not in ("auto", "head"):
+            raise ConfigError(
+                f"0 shots leave nothing to train on: with `--shots 0` leave `--train {config.train}` out."
+            )
         if config.start not in (None, "auto", *PRIOR_STARTS):
             raise ConfigError(f"0 shots need a text prior, and `start: {config.start}` has none; use --start prior.")
         if config.refit in ("trainval", "all"):
@@ -141,6 +143,8 @@ def settle(
     elif train == "auto":
         train = "head" if device == "cpu" else "all"
         decide("train", train, "no accelerator" if device == "cpu" else f"on {device}")
+    if config.num_last is not None:
+        reasons.append(_last_layers(config.num_last, backbone))
     for key, (value, why) in config.objective.decide(train).items():
         decide(f"objective.{key}", value, why)
     _settle_start(config, backbone, objective_class, source_text, decide)
@@ -155,11 +159,11 @@ def settle(
             decide(
                 "refit", "none", "few shots stay few" if config.data.shots is not None else "it would double the time"
             )
-    if train == "all":
+    if train != "head":
         number = len(dataset.indices("train")) if num_images is None else num_images
         _settle_optimiser(config.replace(values), backbone.family, number, decide)
         if config.optim.layer_decay not in (None, 1):
-            num_layers = 1 + max(layer_of(backbone.network).values(), default=0)
+            num_layers = config.num_last or count_layers(backbone.network)
             lowest = config.replace(values).optim.learning_rate * config.optim.layer_decay**num_layers
             reasons.append(
                 f"  optim.layer_decay: {num_layers} layers, the first one at a learning rate of {lowest:.2g}"
@@ -167,6 +171,25 @@ def settle(
     settled = config.replace(values)
     check_needs(settled, objective_class)
     return Settled(settled, Compute(device, precision, memory_format, num_workers), reasons)
+
+
+def _last_layers(num_last: int, backbone: Backbone) -> str:
+    """Return which part of the backbone `last-N` trains, as a line of reason.
+
+    Raises:
+        ConfigError: N is the number of layers, or more.
+    """
+    layers = layer_of(backbone.network)
+    num_layers = count_layers(backbone.network)
+    if num_last >= num_layers:
+        raise ConfigError(
+            f"`train: last-{num_last}`: the backbone `{backbone.name}` has {num_layers} layers; take fewer, or `--train"
+            " all` for all of them."
+        )
+    sizes = {name: parameter.numel() for name, parameter in backbone.network.named_parameters() if name in layers}
+    trained = sum(size for name, size in sizes.items() if layers[name] >= num_layers - num_last)
+    share = trained / sum(sizes.values())
+    return f"  last-{num_last}: {num_last} of the backbone's {num_layers} layers, {share:.0%} of its weights"
 
 
 def _check_source_head(config: Config, backbone: Backbone) -> None:

@@ -26,6 +26,7 @@ from tes.engine.solve import HeadProblem, Prior, Solution
 from tes.engine.start import random_head
 from tes.files import sha256_text
 from tes.metrics import METRICS
+from tes.models.layers import freeze_all_but_last
 from tes.objectives import objectives
 from tes.objectives.base import Objective, ObjectiveContext
 
@@ -114,7 +115,11 @@ def fit(
         start = _once(given.store, _start_key(config, indices), lambda: problem.solve(features_NF, target_NC))
     if features_NF is not None and target_NC is not None:
         features_NF, target_NC = features_NF.to(compute.device), target_NC.to(compute.device)
-    learner = Learner(backbone if config.train == "head" else copy.deepcopy(backbone), start.head, objective, compute)
+    if config.train != "head":
+        backbone = copy.deepcopy(backbone)
+        if config.num_last is not None:
+            freeze_all_but_last(backbone.network, config.num_last)
+    learner = Learner(backbone, start.head, objective, compute)
     weights = learner.weights()
     objective.setup(
         ObjectiveContext(

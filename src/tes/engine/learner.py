@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from tes.engine.compute import Compute
 from tes.engine.solve import LinearHead
 from tes.models.backbone import Backbone
+from tes.models.layers import frozen_modules
 from tes.objectives.base import ModelOutput, Objective, follow
 
 
@@ -55,6 +56,15 @@ class Learner(nn.Module):
             follow(self.key_backbone, self.backbone, self.objective.key_momentum)
         with torch.no_grad():
             self.objective.after_step()
+
+    def train(self, mode: bool = True) -> Learner:
+        """Set the mode of everything but those parts of the backbone that are not trained: they stay in eval mode."""
+        super().train(mode)
+        for name in frozen_modules(self.backbone.network) if mode else ():
+            for backbone in (self.backbone, self.key_backbone):
+                if backbone is not None:
+                    backbone.network.get_submodule(name).eval()
+        return self
 
     def batch_norms(self) -> Iterator[nn.Module]:
         """Yield the batch norms of the backbone and of its copy; the objective's own are not pre-trained."""

@@ -124,7 +124,7 @@ def fit(
 
 
 def to_train_mode(learner: Learner, freeze_norms: bool | None) -> None:
-    """Put everything in train mode but the batch norms that stay at their pre-trained statistics."""
+    """Put everything in train mode but what is not trained, and batch norms that keep their pre-trained statistics."""
     learner.train()
     if freeze_norms:
         for norm in learner.batch_norms():

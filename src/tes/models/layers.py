@@ -1,4 +1,4 @@
-"""Which layer of a network a parameter belongs to, counted from the input."""
+"""Which layer of a network a parameter belongs to, counted from the input, and training the last of them alone."""
 
 from __future__ import annotations
 
@@ -22,6 +22,40 @@ def layer_of(network: nn.Module) -> dict[str, int]:
     layers = {name: layer for name, layer in _all_layers(network).items() if name in trained}
     number = {layer: place for place, layer in enumerate(sorted(set(layers.values())))}
     return {name: number[layer] for name, layer in layers.items()}
+
+
+def count_layers(network: nn.Module) -> int:
+    """Return how many layers of a network have something to train; see `layer_of`."""
+    return 1 + max(layer_of(network).values(), default=-1)
+
+
+def freeze_all_but_last(network: nn.Module, num_last: int) -> None:
+    """Take all layers but the last `num_last` out of training.
+
+    What lies before the first trained layer then keeps no activation and has no backward pass: autograd needs to be
+    told nothing else. Its outputs are computed at each step, and not once for all: they belong to an augmented image,
+    which comes but once.
+
+    Raises:
+        ModelError: As `layer_of`.
+    """
+    first = count_layers(network) - num_last
+    layers = layer_of(network)
+    for name, parameter in network.named_parameters():
+        if name in layers and layers[name] < first:
+            parameter.requires_grad_(False)
+
+
+def frozen_modules(network: nn.Module) -> list[str]:
+    """Return the names of the modules that have parameters, none of them in training.
+
+    In train mode they would still change: batch norms their statistics, dropout what comes out.
+    """
+    return [
+        name
+        for name, module in network.named_modules()
+        if any(True for _ in module.parameters()) and not _is_trained(module)
+    ]
 
 
 def _all_layers(network: nn.Module) -> dict[str, int]:

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from tes.card import trained_part
 from tes.data.source import Source
 from tes.doubts import Doubt, doubts
 from tes.errors import RunError
@@ -174,7 +175,7 @@ def _facts(found: Findings) -> list[tuple[str, str]]:
         ("data", summary.get("data")),
         ("arm", summary.get("arm")),
         ("start", summary.get("start")),
-        ("trained", {"head": "the head alone", "all": "all weights"}.get(str(summary.get("train")))),
+        ("trained", trained_part(summary["train"]) if summary.get("train") else None),
         ("backbone", (summary.get("backbone") or {}).get("name")),
         ("text", text.get("encoder") if isinstance(text, dict) else "none"),
         ("training images", f"{drawn} ({summary.get('num_train')})" if drawn else summary.get("num_train")),

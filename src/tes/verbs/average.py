@@ -91,7 +91,7 @@ def average(
     }
     it = reopen(run, **where)
     start, end = _weights(it)
-    if all(torch.equal(start[name], end[name]) for name in start):
+    if not start:
         raise RunError(f"`{run.path}` ended where it started, with its start's solution: there is nothing to average.")
     settings = _settings(run, data_source, data_root, checkpoint)
     refuse_out_among_images(user_path(out or "runs"), user_path(settings["data"]["source"]))
@@ -115,7 +115,7 @@ def render(run: Run) -> str:
         lines.append("α = 1, the run itself: no other is better by more than one standard error")
     if averaged["num_norm_images"]:
         lines.append(f"batch norms between the ends: re-estimated on {averaged['num_norm_images']} training images")
-    elif run.summary["train"] == "all":
+    elif run.summary["train"] != "head":
         lines.append("batch norms, if any, were frozen in training and keep their statistics")
     return "\n".join(lines)
 
@@ -139,14 +139,15 @@ def _refuse(run: Run) -> None:
 
 
 def _weights(it: Reopened) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Return θ0, what is averaged, and the learner's whole state with θ in it; by the learner's names."""
+    """Return θ0 of what training has moved, and the learner's whole state with θ in it; by the learner's names."""
     head = it.start_head
     start = {"head.weight": head.weight_CF, "head.bias": head.bias_C}
     if it.moved:
         network = it.pretrained.network.state_dict()
         start |= {f"backbone.network.{name}": value for name, value in network.items() if value.is_floating_point()}
     end = {name: value.detach().cpu().clone() for name, value in it.learner.state_dict().items()}
-    return {name: value.detach().cpu() for name, value in start.items()}, end
+    start = {name: value.detach().cpu() for name, value in start.items()}
+    return {name: value for name, value in start.items() if not torch.equal(value, end[name])}, end
 
 
 def _between(start: Mapping[str, Tensor], end: Mapping[str, Tensor], alpha: float) -> dict[str, Tensor]:
@@ -160,10 +161,11 @@ def reestimate_norms(learner: Learner, dataset: Dataset, indices: np.ndarray) ->
 
     The text head's is one of them: it reads the same features.
     """
+    learner.train()  # all but layers that were not trained: their norms are the same at both ends
     norms = [
         module
         for module in learner.modules()
-        if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.running_mean is not None
+        if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.running_mean is not None and module.training
     ]
     if not norms:
         return 0
