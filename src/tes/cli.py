@@ -79,6 +79,8 @@ Assignments = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="A.B=C", help="Any setting by its key; overrides flags. Repeatable."),
 ]
+Protocol = Annotated[str, typer.Option(help="val; or paper: chosen on test, and labelled so.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Open and decide everything, print it, train nothing.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON value on stdout.")]
 WhereData = Annotated[
     str | None,
@@ -142,6 +144,8 @@ def train(
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on with the run in --out, or with the last one; else begin it.")
     ] = False,
+    protocol: Protocol = "val",
+    dry_run: DryRun = False,
     config: ConfigFile = None,
     assignments: Assignments = None,
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
@@ -170,16 +174,24 @@ def train(
     from tes.config import load_config
 
     settings = load_config(config, flags, assignments or [])
+    from tes.verbs.train import dry_run as settle_only
     from tes.verbs.train import train as train_run
 
     if against not in (None, "ce"):
         raise ConfigError(f"--against is ce (got `{against}`); `tes compare` takes any arms.")
+    if dry_run:
+        print(settle_only(settings, protocol=protocol).to_yaml(), end="")
+        return
     try:
-        run = train_run(settings, overwrite=overwrite, resume=resume, against=True if against else None)
+        run = train_run(
+            settings, overwrite=overwrite, resume=resume, against=True if against else None, protocol=protocol
+        )
     except Interrupted as stopped:
         print(f"interrupted; this goes on from here:\n  {_goes_on(settings, *stopped.args)}", file=sys.stderr)
         raise typer.Exit(75) from None
     print(_metrics_table(run.metrics, run.primary_metric))
+    if protocol == "paper":
+        print("test-selected: trained on train and val, and chosen on test, as the authors' code does")
     print(f"\nrun folder: {run.path}")
     own = f" --backbone {settings.backbone.name}" if ":" in settings.backbone.name else ""
     print("next:")
@@ -415,7 +427,7 @@ def compare(
     seed: Annotated[int, typer.Option(help="The first seed.")] = 0,
     trials: Annotated[int, typer.Option(help="Of a random search, as many for every arm; 1: the defaults.")] = 1,
     split: Annotated[str, typer.Option(help="test; or val, for designing defaults: test is never opened.")] = "test",
-    protocol: Annotated[str, typer.Option(help="val; or paper: chosen on test, and labelled so.")] = "val",
+    protocol: Protocol = "val",
     controls: Annotated[
         bool, typer.Option("--controls/--no-controls", help="Add the arms that tell what a gain is owed to.")
     ] = True,
@@ -436,6 +448,7 @@ def compare(
     precision: Annotated[str | None, typer.Option(help="auto, fp32, bf16.")] = None,
     device: Device = None,
     out: Annotated[str | None, typer.Option(help="The comparison's folder; default: runs/<data>-compare.")] = None,
+    dry_run: DryRun = False,
     config: ConfigFile = None,
     assignments: Assignments = None,
     as_json: AsJson = False,
@@ -472,10 +485,16 @@ def compare(
             protocol=protocol,
             controls=controls,
             out=out,
+            dry_run=dry_run,
         )
     except KeyboardInterrupt:
         print("interrupted; the same command goes on from here", file=sys.stderr)
         raise typer.Exit(75) from None
+    if dry_run:
+        from tes.comparison import render_plan
+
+        print(render_plan(comparison.plan))
+        return
     print(json.dumps(comparison.summary, ensure_ascii=False) if as_json else render(comparison.summary))
     if not as_json:
         print(f"\ncomparison: {comparison.path} (table.csv, summary.json, and a run folder for each cell)")

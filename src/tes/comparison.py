@@ -276,6 +276,19 @@ def render(summary: Mapping[str, Any]) -> str:
     return "\n".join([*lines, "", *summary["sentences"], *summary["notes"]])
 
 
+def render_plan(plan: Plan) -> str:
+    """Return what a comparison would run, as text for people."""
+    shots = ", ".join(plan.shots)
+    lines = [
+        f"{counted(len(plan.cells()), 'cell')} of {counted(plan.num_trials, 'trial')}: shots {shots};"
+        f" {counted(len(plan.seeds), 'seed')} from {plan.seeds[0]}; protocol {plan.protocol}, scored on {plan.split}"
+    ]
+    for arm in (*plan.arms, *plan.added):
+        once = ", once at full data" if arm in plan.single else ""
+        lines.append(f"  {arm}: starts from {plan.starts[arm]}{once}{' (added)' if arm in plan.added else ''}")
+    return "\n".join([*lines, *(f"left out: {shot} shots: {why}" for shot, why in plan.skipped.items())])
+
+
 def summary_metric(summary: Mapping[str, Any]) -> str:
     """Return the metric of a summary.json; those of the first days name none."""
     return summary.get("metric", "mean_per_class")

@@ -37,6 +37,8 @@ from tes.settle import settle
 
 PAPER_EPOCHS = 5
 """The authors' code looks at the test split every so many epochs."""
+PROTOCOLS = {"val": "val-selected", "paper": "paper"}
+"""`--protocol` to what the tables call it."""
 
 
 @dataclass(frozen=True)
@@ -139,6 +141,7 @@ def run_job(
         "images": sha256_text(dataset.paths, dataset.labels.tolist(), dataset.splits.tolist(), dataset.sha1s),
         "weights": loaded.backbone.fingerprint,
         "texts": "" if class_text is None else sha256_text(class_text.Z.tobytes().hex()),
+        "protocol": protocol.name,
     }
     if goes_on:
         resume.refuse_other_content(folder, content)
@@ -249,7 +252,7 @@ def run_job(
         summary["shared"] = kept
     is_plain = config.objective.name == "ce" and config.start == "probe"
     wanted = config.train == "head" if against is None else against
-    if wanted and not is_plain and len(choosing) and len(train):
+    if wanted and not is_plain and protocol.name != "paper" and len(choosing) and len(train):
         summary["against"] = against_room.against_ce(
             asked, loaded, given, train, choosing, fitted.learner, frozen, log, checkpoint("against")
         )
@@ -313,7 +316,7 @@ def _attempt(
     paper = protocol.name == "paper"
     fitted = fit(
         config, given, train, log=log, evaluate=score if len(choosing) else None, keep_best=paper,
-        num_evaluations=max(1, _num_epochs(config, len(train)) // PAPER_EPOCHS) if paper else 5,
+        evaluate_every=PAPER_EPOCHS * steps_per_epoch(len(train), config.optim.batch_size) if paper else None,
         checkpoint=checkpoint,
     )  # fmt: skip
     predictions = None
@@ -325,10 +328,6 @@ def _attempt(
 
 def _log_more(log: Callable[[dict[str, Any]], None], more: dict[str, Any], row: dict[str, Any]) -> None:
     log(row | more)
-
-
-def _num_epochs(config: Config, num_images: int) -> int:
-    return (config.optim.num_steps or 0) // steps_per_epoch(num_images, config.optim.batch_size)
 
 
 def _select(attempts: list[_Attempt], protocol: Protocol) -> int:

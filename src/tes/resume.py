@@ -93,13 +93,13 @@ def lines(differing: Mapping[str, tuple[Any, Any]]) -> list[str]:
 
 
 def begin(folder: Path, content: Mapping[str, Any]) -> None:
-    """Record what the run is made from, by hash: `images`, `weights`, `texts`."""
+    """Record what the run is made from, by hash: `images`, `weights`, `texts`; and the `protocol`."""
     (folder / "state").mkdir(exist_ok=True)
     write_json(folder / "state" / "begun.json", dict(content))
 
 
 def refuse_other_content(folder: Path, content: Mapping[str, Any]) -> None:
-    """Refuse to go on with other images, weights or texts.
+    """Refuse to go on with other images, weights or texts, or under another protocol.
 
     Raises:
         RunError: They differ.
@@ -111,7 +111,7 @@ def refuse_other_content(folder: Path, content: Mapping[str, Any]) -> None:
     recorded = recorded if isinstance(recorded, dict) else {}
     if other := [name for name, value in content.items() if recorded.get(name) != value]:
         raise RunError(
-            f"The run in `{folder}` was begun with other {listing(other)} than there are now; bring those back to go"
+            f"The run in `{folder}` was begun with other {listing(other)} than now; bring those back to go"
             " on with it, or choose another --out."
         )
 

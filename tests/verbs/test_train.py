@@ -525,3 +525,46 @@ def test_bss_refuses_micro_batches_and_bi_tuning_is_the_same_with_them(settings,
         config = settings(objective="bi_tuning", optim__accumulate=parts, **flags, out=str(tmp_path / str(parts)))
         weights.append(load_file(tes.train(config).path / "model.safetensors")["backbone.layer1.0.conv1.weight"])
     assert torch.allclose(*weights, atol=1e-5)
+
+
+@pytest.mark.slow
+def test_the_papers_protocol_looks_at_test_every_five_epochs_and_ships_the_best(photos, resnet, tmp_path, cli):
+    sets = [f"--set={key}={json.dumps(value)}" for key, value in resnet.items()]
+    code, out, err = cli(
+        "train", photos, "--objective", "ce", "--start", "random", "--train", "all", "--epochs", 12, "--protocol",
+        "paper", "--out", tmp_path / "r", *sets,
+    )  # fmt: skip
+    assert code == 0 and "test-selected" in out, err
+    run = tes.Run.open(tmp_path / "r")
+    logged = [json.loads(line) for line in (run.path / "metrics.jsonl").read_text().splitlines()]
+    looked = {row["epoch"]: row["heads"]["vision"]["mean_per_class"] for row in logged if row["split"] == "val"}
+    assert list(looked) == [5, 10, 12] and run.metrics["test"]["vision"]["mean_per_class"] == max(looked.values())
+    assert run.summary["num_val"] == 0 and run.summary["refit"] == "none" and "val" not in run.metrics
+    assert "**Test-selected**" in (run.path / "README.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--protocol", "papers"], "--protocol is val or paper"),
+        (["--protocol", "paper", "--refit", "all"], "trains on val already"),
+        (["--protocol", "paper", "--against", "ce"], "leaves no val"),
+    ],
+)
+def test_what_does_not_go_with_a_protocol_is_one_sentence(photos, resnet, tmp_path, cli, flags, words):
+    sets = [f"--set={key}={json.dumps(value)}" for key, value in resnet.items()]
+    code, _, err = cli("train", photos, "--objective", "ce", "--out", tmp_path / "r", *flags, *sets)
+    assert code == 2 and words in err and not (tmp_path / "r").exists()
+
+
+def test_a_dry_run_decides_everything_and_writes_nothing(photos, with_prior, tmp_path, cli, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    sets = [f"--set={key}={json.dumps(value)}" for key, value in with_prior.items()]
+    code, out, err = cli("train", photos, "--train", "last-2", "--dry-run", *sets)
+    assert code == 0 and "last-2: 2 of the backbone's 9 layers" in err and not list(tmp_path.iterdir())
+    (tmp_path / "settled.yaml").write_text(out)
+    settled = tes.load_config(tmp_path / "settled.yaml")
+    assert settled.optim.num_steps and settled.start == "probe+prior" and settled.train == "last-2"
+    code, out, err = cli("compare", photos, "--arms", "ce,tes", "--shots", "1,2", "--dry-run", *sets)
+    assert code == 0 and out.startswith("30 cells of 1 trial: shots 1, 2; 3 seeds from 0"), err
+    assert "tes: starts from probe+prior" in out and [path.name for path in tmp_path.iterdir()] == ["settled.yaml"]

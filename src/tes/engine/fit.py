@@ -73,7 +73,7 @@ def fit(
     *,
     log: Callable[[dict[str, Any]], None] = lambda row: None,
     evaluate: Callable[[Learner], dict[str, Any]] | None = None,
-    num_evaluations: int = 5,
+    evaluate_every: int | None = None,
     keep_best: bool = False,
     checkpoint: Checkpoint | None = None,
 ) -> Fitted:
@@ -84,8 +84,8 @@ def fit(
         given: Data, features, text, prior. The backbone is copied before it is trained.
         indices: Which images to train on; none at 0 shots.
         log: Called with rows for metrics.jsonl.
-        evaluate: Scores the learner as it stands; called `num_evaluations` times over a training of the whole network.
-        num_evaluations: How often.
+        evaluate: Scores the learner as it stands, now and then over a training that takes steps.
+        evaluate_every: After how many steps; None: after each fifth of them.
         keep_best: End with the weights that `evaluate` liked best (by the data's metric), not with the last ones.
         checkpoint: Where a training of the whole network is kept, and taken up if some of it is there; None: nowhere.
     """
@@ -140,7 +140,7 @@ def fit(
         figures, solution = _solve(learner, problem, start, features_NF, target_NC)
         return Fitted(learner, start, solution.trust_C, figures)
     figures = {} if features_NF is None else objective.warm_start(features_NF, target_NC)
-    _step(learner, config, dataset, indices, log, evaluate, num_evaluations, keep_best, checkpoint or Checkpoint())
+    _step(learner, config, dataset, indices, log, evaluate, evaluate_every, keep_best, checkpoint or Checkpoint())
     return Fitted(learner, start, start.trust_C, figures)
 
 
@@ -180,7 +180,7 @@ def _step(
     indices: np.ndarray,
     log: Callable[[dict[str, Any]], None],
     evaluate: Callable[[Learner], dict[str, Any]] | None,
-    num_evaluations: int,
+    evaluate_every: int | None,
     keep_best: bool,
     checkpoint: Checkpoint,
 ) -> None:
@@ -196,8 +196,11 @@ def _step(
     if checkpoint.step:
         console.note(f"going on after step {checkpoint.step} of {num_steps}")
     per_epoch = steps_per_epoch(len(indices), config.optim.batch_size)
-    last = num_evaluations if keep_best else num_evaluations - 1  # the end is scored anyway
-    evaluate_at = {math.ceil(num_steps * k / num_evaluations) for k in range(1, last + 1)}
+    evaluate_at = {math.ceil(num_steps * k / 5) for k in range(1, 5)}
+    if evaluate_every is not None:
+        evaluate_at = set(range(evaluate_every, num_steps, evaluate_every))
+    if keep_best:  # else the end is scored anyway
+        evaluate_at |= {num_steps}
     checkpoint.parts["best"] = best
     checkpoint.steps_per_epoch = per_epoch
     batches = train_batches(

@@ -18,7 +18,7 @@ from tes.config import PRIOR_STARTS, Config, arm_flags, load_config
 from tes.engine.compute import Compute, resolve_device
 from tes.errors import ConfigError, DataError, RunError, TesError, listing
 from tes.files import sha256_text, user_path
-from tes.job import Protocol, run_job
+from tes.job import PROTOCOLS, Protocol, run_job
 from tes.loaded import Loaded
 from tes.mistakes import often_wrong
 from tes.objectives import objectives
@@ -30,7 +30,6 @@ from tes.run_writer import Shared, write_thumbnails
 from tes.settle import check_needs, settle
 from tes.text.encoder import open_encoder
 
-PROTOCOLS = {"val": "val-selected", "paper": "paper"}
 OWN_KEYS = ("objective", "start", "seed", "out", "data.shots", "data.fraction", "refit", "checkpoint")
 """Settings that a comparison varies itself, or that have no place in one, or change no result."""
 
@@ -84,6 +83,7 @@ def compare(
     controls: bool = True,
     out: str | None = None,
     network: nn.Module | None = None,
+    dry_run: bool = False,
 ) -> Comparison:
     """Train every arm at every number of shots from every seed, and return the comparison; see its `summary`.
 
@@ -101,6 +101,8 @@ def compare(
         controls: Add the arms that tell what a gain is owed to; they cost as much as the others.
         out: The comparison's folder; None: `runs/<data>-compare`.
         network: Your own pre-trained module.
+        dry_run: Decide everything and stop: the comparison that is returned has a plan, and neither cells nor a
+            folder.
 
     Raises:
         TesError: A sentence about the input; or the folder holds a comparison with other settings.
@@ -133,6 +135,8 @@ def compare(
     plan = _plan(settings, loaded, arms, shots, sorted(seeds), how, controls)
     for shot, why in plan.skipped.items():
         console.warn(f"{shot} shots are left out: {why}")
+    if dry_run:
+        return Comparison(folder, plan)
     _continue_or_start(folder, plan)
     shared = Shared(folder / "shared")
     cells = plan.cells()

@@ -6,16 +6,16 @@ import contextlib
 
 from torch import nn
 
-from tes import console
-from tes.config import Config
+from tes import console, data
+from tes.config import PRIOR_STARTS, Config
 from tes.errors import ConfigError, Interrupted
 from tes.files import user_path
-from tes.job import run_job
+from tes.job import PROTOCOLS, Protocol, describe, run_job
 from tes.loaded import Loaded
 from tes.objectives import objectives
 from tes.resume import refuse_other, threads_of
 from tes.run import Run, claim, is_unfinished, newest, refuse_out_among_images
-from tes.settle import check_needs
+from tes.settle import check_needs, settle
 
 
 def train(
@@ -25,6 +25,7 @@ def train(
     overwrite: bool = False,
     resume: bool = False,
     against: bool | None = None,
+    protocol: str = "val",
 ) -> Run:
     """Fine-tune on labelled images and return the finished run.
 
@@ -36,6 +37,8 @@ def train(
             is returned as it is, and where there is none, it is begun.
         against: Train plain fine-tuning (`ce` from `probe`) as well and say on val how far this run is from it; None:
             where it takes seconds.
+        protocol: `val`, or `paper`: trained on train and val, the best of the epochs on test is kept, and every figure
+            is labelled test-selected.
 
     Raises:
         TesError: A sentence about the input or the environment; nothing is left half-written.
@@ -43,6 +46,7 @@ def train(
     """
     if overwrite and resume:
         raise ConfigError("--resume goes on with a run and --overwrite replaces it; give one of them.")
+    config = _under(protocol, config, against)
     check_needs(config, objectives.get(config.objective.name))
     source = user_path(config.data.source)
     refuse_out_among_images(user_path(config.out or "runs"), source)
@@ -58,9 +62,53 @@ def train(
         with claim(config.out, stem, overwrite, begun) as claimed:
             loaded = Loaded.open(config, network)
             with contextlib.nullcontext() if begun is None else threads_of(begun):
-                run_job(config, loaded, claimed.path, against=against, goes_on=begun is not None, on_ready=claimed.keep)
+                run_job(
+                    config, loaded, claimed.path, protocol=Protocol(PROTOCOLS[protocol]), against=against,
+                    goes_on=begun is not None, on_ready=claimed.keep,
+                )  # fmt: skip
     except KeyboardInterrupt:
         if claimed is not None and is_unfinished(claimed.path):
             raise Interrupted(claimed.path) from None
         raise
     return Run.open(claimed.path)
+
+
+def dry_run(config: Config, *, network: nn.Module | None = None, protocol: str = "val") -> Config:
+    """Do what `train` does before it trains: open everything, decide everything, and say so. Nothing is written.
+
+    Returns:
+        The settings without a gap.
+
+    Raises:
+        TesError: What would stop the training.
+    """
+    config = _under(protocol, config, None)
+    objective_class = objectives.get(config.objective.name)
+    check_needs(config, objective_class)
+    loaded = Loaded.open(config, network)
+    dataset = data.draw(loaded.dataset, config.data, config.seed)
+    describe(dataset)
+    num_images = len(Protocol(PROTOCOLS[protocol]).training(dataset))
+    settled = settle(config, dataset, loaded.backbone, objective_class, loaded.source_text, num_images)
+    if "class_text" in objective_class.needs or settled.config.start in PRIOR_STARTS:
+        loaded.class_text(settled.config.text)
+    for line in (*loaded.backbone.notes, "decided for you:", *settled.reasons):
+        console.note(line)
+    return settled.config
+
+
+def _under(protocol: str, config: Config, against: bool | None) -> Config:
+    """Return the settings as a protocol wants them.
+
+    Raises:
+        ConfigError: There is no such protocol, or it does not go with the settings.
+    """
+    if protocol not in PROTOCOLS:
+        raise ConfigError(f"--protocol is val or paper (got `{protocol}`).")
+    if protocol == "val":
+        return config
+    if config.refit not in ("auto", "none"):
+        raise ConfigError(f"--protocol paper trains on val already; leave `refit: {config.refit}` out.")
+    if against:
+        raise ConfigError("--protocol paper leaves no val to compare on; leave --against out, or use `tes compare`.")
+    return config.replace({"refit": "none"})
