@@ -170,6 +170,7 @@ class OptimConfig(Settings):
     )
     momentum: Annotated[float, Field(ge=0, lt=1)] = Field(0.9, description="of sgd")
     weight_decay: Annotated[float, Field(ge=0)] = Field(1e-4, description="on weights, not on biases and norms")
+    decay_all: bool = Field(False, description="weight decay on biases and norms too, as in the authors' code")
     head_penalty: Annotated[float, Field(gt=0)] = Field(
         0.3, description="penalty/N on the squared norm of a solved head"
     )
@@ -223,7 +224,12 @@ class AugmentConfig(Settings):
     """What happens to a training image, at random."""
 
     policy: Literal["auto", "none", "resized_crop", "padded_crop"] = Field(
-        "auto", description="auto: padded_crop up to 64 px, else resized_crop"
+        "auto", description="auto: padded_crop up to 64 px, or with a crop_size; else resized_crop"
+    )
+    crop_size: Annotated[int, Field(ge=8, le=2048)] | None = Field(
+        None,
+        description="side at which a padded_crop is cut, by an eighth of it padded, before it is brought to the image's"
+        " size (CIFAR: 32); None: at the image's size",
     )
     min_scale: Fraction = Field(0.25, description="smallest share of the image's area that a resized_crop keeps")
     flip: bool = Field(True, description="mirror half of the images; switch it off where left and right differ")
@@ -233,6 +239,12 @@ class AugmentConfig(Settings):
     cutmix: Annotated[float, Field(ge=0, le=100)] = Field(
         0.0, description="α of cutmix: paste a part of another image, for example 1; with mixup: one of them a batch"
     )
+
+    @model_validator(mode="after")
+    def _cuts_at_all(self) -> AugmentConfig:
+        if self.crop_size is not None and self.policy not in ("auto", "padded_crop"):
+            raise ValueError(f"`crop_size` is for the policy padded_crop; `{self.policy}` does not use it")
+        return self
 
     @field_validator("mixup", "cutmix")
     @classmethod
@@ -278,6 +290,10 @@ class Config(Settings):
     image: ImageConfig = ImageConfig()
     augment: AugmentConfig = AugmentConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
+    search: dict[str, Annotated[tuple[Any, ...], Field(min_length=1)]] = Field(
+        default_factory=dict,
+        description="setting to the values that a search of several trials draws from, in place of the default ranges",
+    )
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     memory_format: Literal["auto", "contiguous", "channels_last"] = "auto"
     refit: Literal["auto", "none", "trainval", "all"] = Field(
@@ -362,7 +378,31 @@ def load_config(
             _assign(tree, key.strip(), yaml.safe_load(text))
         except NOT_YAML as problem:
             raise ConfigError(f"The value in `--set {assignment}` is not valid YAML: {_first_line(problem)}.") from None
-    return _validate(_with_preset(tree))
+    config = _validate(_with_preset(tree))
+    _check_search(config)
+    return config
+
+
+def _check_search(config: Config) -> None:
+    """Hold every value of `search` against its setting.
+
+    Raises:
+        ConfigError: There is no such setting, or it cannot have such a value.
+    """
+    from tes.objectives import objectives
+
+    for key, values in config.search.items():
+        room, _, name = key.partition(".")
+        if room == "objective" and name not in type(config.objective).model_fields:
+            # Of another objective: a file serves all arms of a comparison.
+            if not any(name in objectives.get(other).Config.model_fields for other in objectives.names()):
+                raise ConfigError(f"`search`: no objective has a setting `{key}`.")
+            continue
+        for value in values:
+            try:
+                config.replace({key: value})
+            except ConfigError as problem:
+                raise ConfigError(f"`search`: {problem}") from None
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -23,11 +24,25 @@ LEARNING_RATE_FACTOR = 10.0
 """The learning rate is searched from a tenth of the default to ten times it."""
 
 
-def space(config: Config, objective_class: type[Objective]) -> dict[str, Range]:
-    """Return what a search varies: the arm's own knobs, and those of the optimiser or the solved head."""
+@dataclass(frozen=True)
+class Choices:
+    """A grid that a search draws a setting from, each value as likely."""
+
+    values: tuple[Any, ...]
+
+
+def space(config: Config, objective_class: type[Objective]) -> dict[str, Range | Choices]:
+    """Return what a search varies: the arm's own knobs, and those of the optimiser or the solved head.
+
+    Where `search` is set, it is what that names instead, as far as the arm has it.
+    """
+    if config.search:
+        return _grid(config, objective_class)
     # What a preset fixes makes the arm what it is, a control for example: it is not searched.
     fixed = objective_class.Config.presets.get(config.objective.preset or "", {})
-    ranges = {key: place for key, place in objective_class.Config.search.items() if key not in fixed}
+    ranges: dict[str, Range | Choices] = {
+        key: place for key, place in objective_class.Config.search.items() if key not in fixed
+    }
     if config.train == "head":
         ranges.pop("objective.text_loss_weight", None)  # features do not move: h is fitted whatever its weight
         ranges |= HEAD
@@ -41,7 +56,21 @@ def space(config: Config, objective_class: type[Objective]) -> dict[str, Range]:
     return ranges | (WEIGHT_DECAY if config.optim.weight_decay else {})
 
 
-def draw_trials(ranges: Mapping[str, Range], num_trials: int) -> list[dict[str, Any]]:
+def _grid(config: Config, objective_class: type[Objective]) -> dict[str, Range | Choices]:
+    own = {f"objective.{name}" for name in objective_class.Config.model_fields}
+    fixed = objective_class.Config.presets.get(config.objective.preset or "", {})
+    # A solved head knows no steps, and h is fitted whatever the weight of its loss.
+    without = ("objective.text_loss_weight", "augment.", "optim.") if config.train == "head" else ()
+    return {
+        key: Choices(values)
+        for key, values in config.search.items()
+        if (key in own or not key.startswith("objective."))
+        and key not in fixed
+        and (key == "optim.head_penalty" or not key.startswith(without))
+    }
+
+
+def draw_trials(ranges: Mapping[str, Range | Choices], num_trials: int) -> list[dict[str, Any]]:
     """Return the settings of each trial, by dotted key; the first has none and stands for the defaults."""
     trials: list[dict[str, Any]] = [{}]
     for number in range(1, num_trials):
@@ -64,9 +93,11 @@ def choose(losses_by_trial: Sequence[np.ndarray]) -> int:
     return best
 
 
-def _draw(key: str, number: int, place: Range) -> float:
+def _draw(key: str, number: int, place: Range | Choices) -> Any:
     digest = hashlib.sha256(f"{number}:{key}".encode()).digest()
     share = int.from_bytes(digest[:8], "big") / 2**64
+    if isinstance(place, Choices):
+        return place.values[int(share * len(place.values))]
     if place.log:
         return place.low * (place.high / place.low) ** share
     return place.low + share * (place.high - place.low)

@@ -66,14 +66,15 @@ def train_transform(images: ImageSettings, augment: AugmentConfig) -> Callable[[
     """Return the random transform of a training image, uint8 tensor (3, H, W)."""
     from torchvision.transforms import v2
 
-    policy = augment.policy
+    policy, cut = augment.policy, augment.crop_size or images.size
     if policy == "auto":
-        policy = "padded_crop" if images.size <= SMALL_IMAGES else "resized_crop"
+        policy = "padded_crop" if cut <= SMALL_IMAGES or augment.crop_size else "resized_crop"
     steps: list[Callable] = {
         "none": lambda: [eval_transform(images)],
         "padded_crop": lambda: [
+            v2.Resize(cut, interpolation=_mode(images), antialias=True),
+            v2.RandomCrop(cut, padding=cut // 8),
             v2.Resize(images.size, interpolation=_mode(images), antialias=True),
-            v2.RandomCrop(images.size, padding=images.size // 8),
             v2.PILToTensor(),
         ],
         "resized_crop": lambda: [

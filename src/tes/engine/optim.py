@@ -17,17 +17,17 @@ def build_optimizer(learner: Learner, config: OptimConfig) -> torch.optim.Optimi
     """Return the optimiser over everything that requires a gradient.
 
     Two learning rates (backbone; vision head and the objective's own parameters), and no weight decay on biases and
-    norms, as is usual. With `layer_decay` a layer of the backbone has the rate lr × layer_decay ** distance, where the
-    layer next to the head is at distance 1 (Bao, Dong, Piao, Wei: BEiT. ICLR 2022). The first group is the backbone's,
-    or of it the layer next to the head: its rate is the one that is logged.
+    norms, as is usual, but with `decay_all`. With `layer_decay` a layer of the backbone has the rate
+    lr × layer_decay ** distance, where the layer next to the head is at distance 1 (Bao, Dong, Piao, Wei: BEiT. ICLR
+    2022). The first group is the backbone's, or of it the layer next to the head: its rate is the one that is logged.
     """
     assert config.learning_rate is not None and config.head_learning_rate is not None
     groups = []
     for distance, parameters in _by_distance(learner.backbone.network, config.layer_decay):
         learning_rate = config.learning_rate * (config.layer_decay or 1) ** distance
-        groups += _groups(parameters, learning_rate, config.weight_decay)
+        groups += _groups(parameters, learning_rate, config)
     for module in (learner.head, learner.objective):
-        groups += _groups(module.parameters(), config.head_learning_rate, config.weight_decay)
+        groups += _groups(module.parameters(), config.head_learning_rate, config)
     if config.name == "adamw":
         return torch.optim.AdamW(groups)
     return torch.optim.SGD(groups, lr=config.learning_rate, momentum=config.momentum, nesterov=config.momentum > 0)
@@ -60,12 +60,12 @@ def _by_distance(network: nn.Module, layer_decay: float | None) -> list[tuple[in
     return parts
 
 
-def _groups(parameters: Iterable[nn.Parameter], learning_rate: float, weight_decay: float) -> list[dict]:
+def _groups(parameters: Iterable[nn.Parameter], learning_rate: float, config: OptimConfig) -> list[dict]:
     trained = [parameter for parameter in parameters if parameter.requires_grad]
     matrices = [parameter for parameter in trained if parameter.ndim > 1]
     vectors = [parameter for parameter in trained if parameter.ndim <= 1]
     groups = [
-        {"params": matrices, "lr": learning_rate, "weight_decay": weight_decay},
-        {"params": vectors, "lr": learning_rate, "weight_decay": 0.0},
+        {"params": matrices, "lr": learning_rate, "weight_decay": config.weight_decay},
+        {"params": vectors, "lr": learning_rate, "weight_decay": config.weight_decay if config.decay_all else 0.0},
     ]
     return [group for group in groups if group["params"]]
