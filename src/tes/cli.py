@@ -189,6 +189,11 @@ def train(
     except Interrupted as stopped:
         print(f"interrupted; this goes on from here:\n  {_goes_on(settings, *stopped.args)}", file=sys.stderr)
         raise typer.Exit(75) from None
+    except KeyboardInterrupt:
+        if not resume:
+            raise
+        print("interrupted; the same command goes on from here", file=sys.stderr)
+        raise typer.Exit(75) from None
     print(_metrics_table(run.metrics, run.primary_metric))
     if protocol == "paper":
         print("test-selected: trained on train and val, and chosen on test, as the authors' code does")

@@ -6,6 +6,8 @@ import contextlib
 import hashlib
 import json
 import os
+import re
+import shutil
 import tempfile
 import zipfile
 import zlib
@@ -54,6 +56,18 @@ def replacing(path: Path) -> Iterator[Path]:
         _sync_folder(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+_LEFTOVER = re.compile(r"\.[\w-]+(\.\w+)?\.[a-z0-9_]{8}(\.\w+)?")
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Remove what a process that was killed while it wrote to `folder` has left in it: see `replacing`."""
+    for path in [path for path in folder.rglob(".*") if _LEFTOVER.fullmatch(path.name)]:
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
 
 
 def write_atomic(path: Path, content: bytes | str) -> None:

@@ -239,7 +239,7 @@ def write_thumbnails(folder: Path, dataset: Dataset, wanted: Sequence[str], with
     first = [index_of[path] for path in wanted if usable[index_of[path]]]
     chosen = list(dict.fromkeys([*first, *spread]))[:MAX_THUMBNAILS]
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".", dir=folder.parent) as scratch:
+    with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as scratch:
         written = Path(scratch) / folder.name
         written.mkdir()
         for index in chosen:

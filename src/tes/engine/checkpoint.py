@@ -96,7 +96,9 @@ class Checkpoint:
         self.parts |= parts
         if self.step:
             with self._reading() as (header, file):
-                names = list(file.keys())
+                names = sorted(file.keys())
+                if names != header["tensors"]:
+                    raise ValueError("tensors are missing")
                 for part_name, part in self.parts.items():
                     own = [name for name in names if name.startswith(f"{part_name}:")]
                     tensors = {name.removeprefix(f"{part_name}:"): file.get_tensor(name) for name in own}
@@ -170,6 +172,7 @@ class Checkpoint:
             for name, state in states.items()
             for key, tensor in state.tensors.items()
         }
+        header["tensors"] = sorted(tensors)
         try:
             with replacing(self.path) as temporary:
                 save_file(tensors, temporary, {"training": json.dumps(header)})
@@ -247,8 +250,9 @@ class Stepper:
         for key, value in {**state.tensors, **state.values["plain"]}.items():
             number, _, name = key.partition(".")
             parameter = parameters[int(number)]
-            if isinstance(value, Tensor) and name != "step":  # a moment lies in memory as its weight does
-                value = _fill(torch.empty_like(parameter, dtype=value.dtype), value)
+            if isinstance(value, Tensor):  # a moment lies in memory as its weight does
+                place = torch.empty_like(value if name == "step" else parameter, dtype=value.dtype)
+                value = _fill(place, value)
             self.optimizer.state[parameter][name] = value
         for group, learning_rate in zip(self.optimizer.param_groups, state.values["learning_rates"], strict=True):
             group["lr"] = learning_rate
@@ -320,7 +324,7 @@ class Best:
         return State(self.weights, self.figure)
 
     def load(self, state: State) -> None:
-        self.weights, self.figure = dict(state.tensors), float(state.values)
+        self.weights, self.figure = {name: value.clone() for name, value in state.tensors.items()}, float(state.values)
 
 
 def _fill(tensor: Tensor, values: Tensor) -> Tensor:
