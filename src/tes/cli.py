@@ -396,12 +396,18 @@ def check(
     size: Size = None,
     seed: Seed = None,
     device: Device = None,
+    out: Annotated[
+        str | None, typer.Option(help="Folder for bad_images.csv and duplicates.csv; default: the one you are in.")
+    ] = None,
     config: ConfigFile = None,
     assignments: Assignments = None,
     as_json: AsJson = False,
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
 ) -> None:
-    """Do everything but the training: counts, imbalance, bad images, duplicates, class texts, one batch forward."""
+    """Do everything but the training: counts, imbalance, bad images, duplicates, class texts, one batch forward.
+
+    Bad images and (near) duplicates are listed in full in bad_images.csv and duplicates.csv, if there are any.
+    """
     from tes.config import load_config
 
     flags = {
@@ -419,7 +425,9 @@ def check(
     from tes.verbs.check import check as check_data
     from tes.verbs.check import render
 
-    result = check_data(settings)
+    if out is None and not Path().resolve().is_relative_to(Path(settings.data.source).resolve()):
+        out = "."  # among the images nothing is written unasked
+    result = check_data(settings, out=out)
     print(json.dumps(result, ensure_ascii=False) if as_json else render(result))
 
 

@@ -131,7 +131,10 @@ def test_text_shows_prompts_neighbours_and_a_verdict(cli, photos, texts):
     assert code == 0 and "red square" in out
 
 
-def test_check_finds_imbalance_duplicates_and_bad_images_without_training(cli, photos, arguments, tmp_path):
+def test_check_finds_imbalance_duplicates_and_bad_images_without_training(
+    cli, photos, arguments, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
     copy = tmp_path / "copy"
     shutil.copytree(photos, copy)
     (copy / "red_square" / "bad.png").write_bytes(b"")
@@ -146,8 +149,29 @@ def test_check_finds_imbalance_duplicates_and_bad_images_without_training(cli, p
     assert any("imbalance" in warning for warning in result["warnings"])
     assert any("blue_square/00.png" in entry for group in result["duplicates"] for entry in group)
     assert result["forward"]["shape"][1] == 16
-    code, out, _ = cli("check", copy, *arguments)
-    assert code == 0 and "bad.png" in out and not (tmp_path / "runs").exists()
+    bad, duplicates = (list(csv.DictReader((tmp_path / f"{n}.csv").open())) for n in ("bad_images", "duplicates"))
+    assert bad == [{"path": "red_square/bad.png", "reason": "empty file"}]
+    assert {row["kind"] for row in duplicates} >= {"identical"}
+    assert any({row["label"], row["other_label"]} == {"blue_square", "red_square"} for row in duplicates)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["bad_images.csv", "copy", "duplicates.csv"]
+    (copy / "red_square" / "bad.png").unlink()
+    code, out, _ = cli("check", copy, *arguments, "--out", tmp_path)
+    assert code == 0 and "`bad_images.csv` is empty now" in out.replace(f"{tmp_path}/", "")
+    assert (tmp_path / "bad_images.csv").read_text() == "path,reason\n"
+
+
+def test_check_lists_all_bad_images_also_where_there_are_too_many(cli, photos, arguments, tmp_path, monkeypatch):
+    copy = tmp_path / "copy"
+    shutil.copytree(photos, copy)
+    for number in range(9):
+        (copy / "red_square" / f"bad{number}.png").write_bytes(b"no image")
+    code, out, err = cli("check", copy, *arguments, "--out", tmp_path / "tables")
+    assert code == 2 and out == "" and "9 of 45 images" in err and "All 9 are listed in `" in err
+    assert len((tmp_path / "tables" / "bad_images.csv").read_text().splitlines()) == 10
+    monkeypatch.chdir(copy)
+    before = sorted(copy.rglob("*"))
+    code, _, err = cli("check", ".", *arguments)
+    assert code == 2 and "listed" not in err and sorted(copy.rglob("*")) == before  # not among the images
 
 
 def test_list_names_the_choices(cli):

@@ -237,11 +237,19 @@ def load_labelled(ref: str, classes: Sequence[ClassInfo], root: str | None = Non
 
 def find_duplicates(dataset: Dataset) -> list[list[str]]:
     """Return groups of identical images that lie in more than one split or class, as "path (split, class)"."""
+    return [
+        [f"{dataset.paths[i]} ({dataset.splits[i]}, {dataset.classes[dataset.labels[i]].label})" for i in indices]
+        for indices in duplicate_groups(dataset)
+    ]
+
+
+def duplicate_groups(dataset: Dataset) -> list[list[int]]:
+    """Return the same groups as indices."""
     copies: dict[str, list[int]] = defaultdict(list)
     for index in np.flatnonzero(dataset.splits != "unused").tolist():
         copies[dataset.sha1s[index]].append(index)
     return [
-        [f"{dataset.paths[i]} ({dataset.splits[i]}, {dataset.classes[dataset.labels[i]].label})" for i in indices]
+        indices
         for indices in copies.values()
         if len({(str(dataset.splits[i]), int(dataset.labels[i])) for i in indices}) > 1
     ]

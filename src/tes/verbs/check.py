@@ -1,17 +1,28 @@
-"""Everything but the training: what would be trained on, and what is wrong with it, before any time is spent."""
+"""Everything but the training: what would be trained on, and what is wrong with it, before any time is spent.
+
+Where something is wrong with images, two tables list it in full, to work through: `bad_images.csv` and
+`duplicates.csv`.
+"""
 
 from __future__ import annotations
 
+import csv
+import io
 import time
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from tes import data, text
 from tes.config import Config
+from tes.data.dataset import BadImagesError
 from tes.data.task_source import found_of_official
 from tes.engine.features import compute_features
-from tes.errors import listing
+from tes.errors import DataError, listing
+from tes.files import user_path, write_atomic
 from tes.loaded import Loaded
 from tes.metrics import METRICS
 from tes.objectives import objectives
@@ -21,15 +32,31 @@ IMBALANCE = 10
 """From this ratio between the largest and the smallest class on, the mean per class is the figure to look at."""
 
 
-def check(config: Config) -> dict[str, Any]:
+TABLES = {
+    "bad_images.csv": ("path", "reason"),
+    "duplicates.csv": ("kind", "path", "split", "label", "other_path", "other_split", "other_label"),
+}
+
+
+def check(config: Config, *, out: str | Path | None = None) -> dict[str, Any]:
     """Read the data, match the class texts, load the backbone and run one batch; return what was found.
+
+    Args:
+        config: As for a training.
+        out: The folder for `bad_images.csv` and `duplicates.csv`, which are written where there is anything to list;
+            None: no table.
 
     Raises:
         TesError: What would stop the training as well.
     """
     objective_class = objectives.get(config.objective.name)
     check_needs(config, objective_class)
-    loaded = Loaded.open(config)
+    folder = None if out is None else user_path(out)
+    try:
+        loaded = Loaded.open(config)
+    except BadImagesError as problem:
+        written = _write(folder, "bad_images.csv", problem.unreadable)
+        raise DataError(f"{problem} {written}".rstrip()) from None
     dataset = data.draw(loaded.dataset, config.data, config.seed)
     used = dataset.splits != "unused"
     counts = np.bincount(dataset.labels[used], minlength=dataset.num_classes)
@@ -43,6 +70,12 @@ def check(config: Config) -> dict[str, Any]:
     duplicates = data.find_duplicates(dataset)
     if duplicates:
         warnings.append(f"{len(duplicates)} groups of identical images cross a split or a class: see `duplicates`")
+    near_duplicates = _near_duplicates(dataset, warnings)
+    tables = {
+        "bad_images.csv": dataset.unreadable,
+        "duplicates.csv": [*_identical(dataset), *(tuple(row.values()) for row in near_duplicates)],
+    }
+    written = [said for name, rows in tables.items() if (said := _write(folder, name, rows))]
 
     texts: dict[str, Any] | None = None
     if "class_text" in objective_class.needs:
@@ -69,6 +102,7 @@ def check(config: Config) -> dict[str, Any]:
         ],
         "unreadable": [{"path": path, "reason": reason} for path, reason in dataset.unreadable],
         "duplicates": duplicates,
+        "near_duplicates": near_duplicates,
         "text": texts,
         "backbone": {
             "name": config.backbone.name,
@@ -79,7 +113,63 @@ def check(config: Config) -> dict[str, Any]:
         "forward": {"num_images": len(batch), "shape": list(features_NF.shape), "seconds": round(seconds, 3)},
         "decided": settled.reasons,
         "warnings": warnings,
+        "written": written,
     }
+
+
+def _near_duplicates(dataset: data.Dataset, warnings: list[str]) -> list[dict[str, str]]:
+    """Return the pairs of similar images that cross a split or a class, and warn of them."""
+    pairs = data.find_similar(dataset)
+    if pairs is None:
+        warnings.append(f"near duplicates were not looked for: {len(dataset.paths)} images are too many to compare")
+        return []
+    rows = [_row(dataset, pair.kind, pair.first, pair.second) for pair in pairs if _crosses(dataset, pair)]
+    if rows:
+        across = Counter(tuple(sorted((row["label"], row["other_label"]))) for row in rows)
+        named = listing([f"{one} / {two}: {count}" for (one, two), count in across.most_common() if one != two])
+        classes = f"; across classes: {named}" if named else ""
+        warnings.append(
+            f"{len(rows)} pairs of images that show the same cross a split or a class{classes}. A test image that was"
+            " trained on flatters: leave one of a pair out, or give both the same `group` in a CSV"
+        )
+    return rows
+
+
+def _crosses(dataset: data.Dataset, pair: data.Similar) -> bool:
+    one, two = ((str(dataset.splits[index]), int(dataset.labels[index])) for index in (pair.first, pair.second))
+    return one != two and "unused" not in (one[0], two[0])
+
+
+def _identical(dataset: data.Dataset) -> list[tuple[str, ...]]:
+    """Return what `find_duplicates` finds as pairs: each group's first image beside every other one."""
+    return [
+        tuple(_row(dataset, "identical", group[0], other).values())
+        for group in data.duplicate_groups(dataset)
+        for other in group[1:]
+    ]
+
+
+def _row(dataset: data.Dataset, kind: str, first: int, second: int) -> dict[str, str]:
+    def told(index: int, prefix: str) -> dict[str, str]:
+        values = (dataset.paths[index], str(dataset.splits[index]), dataset.classes[dataset.labels[index]].label)
+        return {prefix + name: value for name, value in zip(("path", "split", "label"), values)}
+
+    return {"kind": kind} | told(first, "") | told(second, "other_")
+
+
+def _write(folder: Path | None, name: str, rows: Sequence[Sequence[str]]) -> str:
+    """Write a table, or empty one that an earlier check has left; return a sentence that says so, or nothing."""
+    if folder is None or not (rows or (folder / name).is_file()):
+        return ""
+    content = io.StringIO()
+    table = csv.writer(content, lineterminator="\n")
+    table.writerow(TABLES[name])
+    table.writerows(rows)
+    try:
+        write_atomic(folder / name, content.getvalue())
+    except OSError as problem:
+        return f"`{folder / name}` cannot be written: {problem.strerror or problem}."
+    return f"All {len(rows)} are listed in `{folder / name}`." if rows else f"`{folder / name}` is empty now."
 
 
 def render(result: dict[str, Any]) -> str:
@@ -106,6 +196,12 @@ def render(result: dict[str, Any]) -> str:
     lines += ["a training would decide:", *result["decided"]]
     lines += [f"unreadable: {row['path']} ({row['reason']})" for row in result["unreadable"][:20]]
     lines += ["duplicates: " + " = ".join(group) for group in result["duplicates"][:20]]
+    lines += [
+        f"{'crop' if row['kind'] == 'crop' else 'near duplicate'}: {row['path']} ({row['split']}, {row['label']}) ~"
+        f" {row['other_path']} ({row['other_split']}, {row['other_label']})"
+        for row in result["near_duplicates"][:20]
+    ]
+    lines += result["written"]
     lines += [f"! {warning}" for warning in result["warnings"]]
     lines.append("ready to train" if not result["warnings"] else "ready to train; read the lines marked `!` first")
     return "\n".join(lines)
