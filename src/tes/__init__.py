@@ -33,6 +33,7 @@ _WHERE = {
     "register": "tes.catalogue",
     "report": "tes.verbs.report",
     "train": "tes.verbs.train",
+    "verify": "tes.verbs.verify",
 }
 __all__ = sorted(_WHERE)
 

@@ -338,6 +338,24 @@ def calibrate(
 
 
 @app.command()
+def verify(
+    run: RunFolder,
+    data: WhereData = None,
+    backbone: BackboneName = None,
+    as_json: AsJson = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+) -> None:
+    """Does a run hold? Recompute its metrics from its predictions and, with --data, those from its model."""
+    from tes.verbs.verify import render
+    from tes.verbs.verify import verify as verify_run
+
+    result = verify_run(run, data_source=data, backbone=backbone)
+    print(json.dumps(result, ensure_ascii=False) if as_json else render(result))
+    if not result["holds"]:
+        raise typer.Exit(2)
+
+
+@app.command()
 def text(
     data: Data,
     data_root: DataRoot = None,

@@ -24,7 +24,7 @@ from tes.engine.learner import Learner
 from tes.engine.loader import steps_per_epoch
 from tes.engine.scoring import out_of_fold, predict
 from tes.errors import RunError
-from tes.files import append_jsonl, remove_leftovers, sha256_text, write_atomic, write_json
+from tes.files import append_jsonl, remove_leftovers, sha256_text, write_atomic
 from tes.loaded import Loaded
 from tes.metrics import evaluate_split, image_losses
 from tes.mistakes import worth_showing
@@ -260,7 +260,7 @@ def run_job(
         console.note(against_room.render(arm, summary["against"]))
     write_atomic(folder / "README.md", model_card(dataset.classes, summary, config.seed, objective_class.citation))
     append_jsonl(folder / "timing.jsonl", {"seconds": round(time.monotonic() - began, 3)})
-    write_json(folder / "run.json", summary)
+    run_writer.write_summary(folder, summary)
     shutil.rmtree(folder / "state", ignore_errors=True)
 
 

@@ -70,6 +70,8 @@ class _Summary(_Recorded):
     text: dict[str, Any] | None = None
     metrics: dict[str, dict[str, dict[str, float | None]]] = {}
     shared: dict[str, str] = {}
+    files: dict[str, str] = {}
+    lost: list[dict[str, str]] = []
     against: _Against | None = None
 
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
+import functools
 import hashlib
 import io
 import os
 import platform
 import shutil
+import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
@@ -37,6 +40,9 @@ from tes.text.vocabulary import NearestSource
 MAX_THUMBNAILS = 200
 THUMBNAIL_SIDE = 96
 PACKAGES = ("tes-vision", "torch", "torchvision", "timm", "transformers", "safetensors", "numpy", "pillow", "pydantic")
+
+RESTS_ON = ("*.safetensors", "predictions/*.npz", "config.yaml", "classes.json", "preprocess.json", "splits.csv")
+"""The files that `tes verify` finds unchanged or not."""
 
 
 class Shared:
@@ -180,13 +186,20 @@ def _fingerprint(tensors: dict[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
+def write_summary(folder: Path, summary: dict[str, Any]) -> None:
+    """Write run.json, the last file of a run, with the SHA-256 of those that its figures rest on."""
+    files = sorted(path for pattern in RESTS_ON for path in folder.glob(pattern))
+    hashes = {path.relative_to(folder).as_posix(): sha256_file(path) for path in files}
+    write_json(folder / "run.json", summary | {"files": hashes})
+
+
 def write_head(path: Path, head: LinearHead) -> None:
     """Save a linear head on the pooled feature."""
     _save_tensors(path, {"weight": head.weight_CF, "bias": head.bias_C})
 
 
 def environment() -> dict[str, Any]:
-    """Return versions, hardware and the command that was given."""
+    """Return versions, hardware, the state of the code and the command that was given."""
     versions: dict[str, str | None] = {}
     for package in PACKAGES:
         try:
@@ -195,15 +208,40 @@ def environment() -> dict[str, Any]:
             versions[package] = None
     return {
         "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
+        "git": git_state(),
         "python": platform.python_version(),
         "platform": platform.platform(),
-        "processor": torch.cuda.get_device_name()
-        if torch.cuda.is_available()
-        else platform.processor() or platform.machine(),
+        "processor": torch.cuda.get_device_name() if torch.cuda.is_available() else _processor(),
+        "cuda": torch.version.cuda if torch.cuda.is_available() else None,
         "num_cores": os.cpu_count(),
         "num_threads": torch.get_num_threads(),
         "packages": versions,
     }
+
+
+@functools.cache
+def git_state() -> dict[str, Any] | None:
+    """Return the commit that this code is at and whether it was changed since; None where it is not a clone's."""
+    folder = Path(__file__).parent
+
+    def git(*arguments: str) -> str:
+        done = subprocess.run(
+            ["git", "-C", str(folder), *arguments], capture_output=True, text=True, timeout=10, check=True
+        )
+        return done.stdout.strip()
+
+    try:
+        git("ls-files", "--error-unmatch", Path(__file__).name)  # installed into somebody's repository, it is not its
+        return {"commit": git("rev-parse", "HEAD"), "changed": bool(git("status", "--porcelain", "--", "."))}
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def _processor() -> str:
+    with contextlib.suppress(OSError, StopIteration):
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
+        return next(line for line in lines if line.startswith("model name")).partition(":")[2].strip()
+    return platform.processor() or platform.machine()
 
 
 def _save_tensors(path: Path, tensors: dict[str, Tensor]) -> None:

@@ -277,9 +277,9 @@ def _write(it: Reopened, folder: Path, settings: dict[str, Any], averaged: dict[
     kept = {
         key: value
         for key, value in run.summary.items()
-        if key not in ("shared", "against", "trials", "selected_trial", "averaged")
+        if key not in ("shared", "against", "trials", "selected_trial", "averaged", "files")
     }
     summary = kept | {"metrics": metrics, "averaged": averaged}
     seed = int(settings.get("seed") or 0)
     write_atomic(folder / "README.md", model_card(dataset.classes, summary, seed, CITATION))
-    write_json(folder / "run.json", summary)
+    run_writer.write_summary(folder, summary)
