@@ -15,11 +15,11 @@ ROOMS = [
     {"config"},
     {"metrics", "predictions", "statistics", "hub", "demo_images"}
     | {"calibration", "diagnosis", "dot_plot", "doubts", "mistakes"},
-    {"data"},
+    {"data", "run"},
     {"text", "models"},
     {"objectives"},
     {"engine"},
-    {"run", "run_writer", "card", "settle", "search", "resume"},
+    {"run_writer", "card", "settle", "search", "resume"},
     {"comparison", "loaded", "reopen"},
     {"against", "page"},
     {"job"},

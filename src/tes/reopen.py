@@ -34,7 +34,7 @@ from tes.engine.start import random_head
 from tes.errors import ModelError, RunError, listing
 from tes.files import read_json
 from tes.models.backbone import Backbone, build_network, load_backbone, own_network
-from tes.models.checkpoint import load_strictly, read_weights
+from tes.models.checkpoint import load_strictly, read_weights, run_weights
 from tes.models.image_settings import ImageSettings
 from tes.models.layers import freeze_all_but_last
 from tes.objectives.base import ModelOutput, Objective
@@ -258,7 +258,7 @@ def saved_rows(run: Run) -> tuple[np.ndarray, np.ndarray | None]:
         RunError: A file is damaged.
     """
     try:
-        weight_CF = _model_weights(run)["head.weight"]
+        weight_CF = run_weights(run)["head.weight"]
         path = run.file("text_head.safetensors")
         rows_CD = read_weights(path)["Z"] if path.is_file() else None
     except KeyError as missing:
@@ -389,7 +389,7 @@ def load_learner(run: Run, *, backbone: str | None, network: nn.Module | None, c
     recorded = section(run, "backbone", BackboneConfig)
     name, kwargs = recorded.name, recorded.kwargs
     images = ImageSettings.from_dict(read_json(run.path / "preprocess.json", RunError))
-    weights = _model_weights(run)
+    weights = run_weights(run)
     if network is None:
         if ":" in name:
             network = own_network(BackboneConfig(name=_repeated(name, backbone), kwargs=kwargs))
@@ -407,12 +407,6 @@ def load_learner(run: Run, *, backbone: str | None, network: nn.Module | None, c
         raise RunError(f"The model of `{run.path}` has no {missing}.") from None
     learner = Learner(model, head, _saved_heads(run, model.num_features, num_classes), compute)
     return compute.place(learner).eval()
-
-
-def _model_weights(run: Run) -> dict[str, Tensor]:
-    if "backbone.safetensors" in (run.summary.get("shared") or {}):  # a cell of a comparison
-        return read_weights(run.file("backbone.safetensors")) | read_weights(run.path / "head.safetensors")
-    return read_weights(run.path / "model.safetensors")
 
 
 class _SavedHeads(Objective):

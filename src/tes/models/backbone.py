@@ -20,10 +20,11 @@ import torch
 from torch import Tensor, nn
 
 from tes.config import BackboneConfig, ImageConfig
-from tes.errors import ModelError, did_you_mean
+from tes.errors import ModelError, did_you_mean, listing
 from tes.files import sha256_text, user_path
 from tes.models import bundled, image_settings
-from tes.models.checkpoint import load_strictly, read_weights
+from tes.models.checkpoint import Checkpoint, load_strictly, open_checkpoint
+from tes.models.clip import check_activation, usable_projection
 from tes.models.image_settings import ImageSettings
 
 HEAD_NAMES = ("fc", "classifier", "head")
@@ -50,6 +51,7 @@ class Backbone(nn.Module):
         family: `depthwise`, `conv` or `transformer`, which decides precision and memory format.
         fingerprint: SHA-256 of the architecture and of every weight as loaded.
         source_head: The pre-training classifier, where the weights have one.
+        projection_DF: Of a CLIP image tower: what carries its pooled feature to the space that it shares with text.
         notes: What was left aside while loading, for the user to read.
     """
 
@@ -61,11 +63,12 @@ class Backbone(nn.Module):
         origin: Mapping[str, str],
         source_head: SourceHead | None = None,
         notes: list[str] | None = None,
+        projection_DF: Tensor | None = None,
     ) -> None:
         super().__init__()
         self.network = network
         self.name, self.images, self.origin = name, images, dict(origin)
-        self.source_head, self.notes = source_head, list(notes or [])
+        self.source_head, self.notes, self.projection_DF = source_head, list(notes or []), projection_DF
         self._timm_like = hasattr(network, "forward_features") and hasattr(network, "forward_head")
         self.register_buffer("mean_3HW", 255 * torch.tensor(images.mean).view(3, 1, 1), persistent=False)
         self.register_buffer("std_3HW", 255 * torch.tensor(images.std).view(3, 1, 1), persistent=False)
@@ -98,8 +101,9 @@ class Backbone(nn.Module):
             with torch.no_grad():
                 features = self(pattern.to(torch.uint8).view(2, 3, size, size))
         except Exception as problem:  # whatever an unknown network raises, the user needs one sentence
+            reason = " ".join(str(problem).split())[:200].rstrip(".")
             raise ModelError(
-                f"The backbone `{self.name}` cannot take images of {size} px: {' '.join(str(problem).split())[:200]}."
+                f"The backbone `{self.name}` cannot take images of {size} px: {reason}."
                 f" Choose another --size, or build it for this one (many ViTs: --set backbone.kwargs.img_size={size})."
             ) from problem
         self.network.train(was_training)
@@ -175,8 +179,12 @@ def fingerprint(network: nn.Module) -> str:
 
 def _lite0(config: BackboneConfig, images: ImageConfig) -> Backbone:
     network = build_network("lite0", config.kwargs)
-    if config.checkpoint is not None:
+    if config.checkpoint is not None and not user_path(config.checkpoint).is_dir():
         raise ModelError("`lite0` brings its own weights; with --checkpoint name the network, `tf_efficientnet_lite0`.")
+    if config.checkpoint is not None:
+        return _from_checkpoint(
+            config, images, network, config.source_head or "head", [("lite0's own", bundled.IMAGES)]
+        )
     weights = bundled.lite0_weights()
     head, rest = _split_head(weights, "classifier", config.model_copy(update={"source_classes": "imagenet1k"}))
     load_strictly(network, rest, "The file of `lite0`")
@@ -188,28 +196,76 @@ def _timm_model(config: BackboneConfig, images: ImageConfig) -> Backbone:
     import timm.data
 
     network = build_network(config.name, config.kwargs)
-    timm_settings = ("timm's configuration", image_settings.from_timm(timm.data.resolve_model_data_config(network)))
-    if config.checkpoint is None:
-        weights = _hub_weights(config, network)
-        beside = []
-        what = f"The Hub's checkpoint of `{config.name}`"
-    else:
-        weights = read_weights(user_path(config.checkpoint))
-        beside = image_settings.beside_weights(user_path(config.checkpoint))
-        what = f"The checkpoint `{config.checkpoint}`"
+    values = image_settings.from_timm(timm.data.resolve_model_data_config(network))
     classifier = config.source_head or network.pretrained_cfg.get("classifier") or "fc"
     classifier = classifier if isinstance(classifier, str) else classifier[0]
-    head, rest = _split_head(weights, classifier, config)
-    if config.checkpoint is None and head is not None and head.names is None:
-        head = SourceHead(head.weight_SF, head.bias_S, hub_names(network.pretrained_cfg, len(head.weight_SF)))
+    if config.checkpoint is not None:
+        is_tagged = "." in config.name  # `vit_base_patch16_224.dino`: the user says whose weights they are
+        where = f"timm's configuration of `{config.name}`" + ("" if is_tagged else ", *assumed*")
+        return _from_checkpoint(config, images, network, classifier, [(where, values)], trust_last=is_tagged)
+    what = f"The Hub's checkpoint of `{config.name}`"
+    head, rest = _split_head(_hub_weights(config, network), classifier, config)
+    projection_DF = None
+    if head is not None and head.names is None:
+        names = hub_names(network.pretrained_cfg, len(head.weight_SF))
+        if names is None and is_clip_tower(network.pretrained_cfg):
+            head, projection_DF = None, usable_projection(network, head.weight_SF)
+        else:
+            head = SourceHead(head.weight_SF, head.bias_S, names)
     unused = load_strictly(network, rest, what)
-    notes = (
-        [f"{what} has {len(unused)} tensors that the network has no place for: {', '.join(unused[:5])}"]
-        if unused
-        else []
-    )
-    settings, origin = image_settings.resolve(images, [*beside, timm_settings])
-    return Backbone(network, config.name, settings, origin, head, notes)
+    settings, origin = image_settings.resolve(images, [("timm's configuration", values)])
+    return Backbone(network, config.name, settings, origin, head, _no_place(what, unused), projection_DF)
+
+
+def _from_checkpoint(
+    config: BackboneConfig,
+    images: ImageConfig,
+    network: nn.Module,
+    classifier: str,
+    known: list[tuple[str, Mapping[str, Any]]],
+    trust_last: bool = False,
+) -> Backbone:
+    """Load a named network's weights from a local file or run folder.
+
+    Args:
+        config: With a checkpoint.
+        images: Image settings that the user set by hand.
+        network: With random weights; filled.
+        classifier: What the linear layer that classified the source classes is called.
+        known: Image settings of the network, whatever its weights.
+        trust_last: Whether `known` goes before what the file's layout implies.
+    """
+    assert config.checkpoint is not None
+    built_for = [("the size that the network is built for", {"size": config.kwargs.get("img_size")})]
+    path, what = user_path(config.checkpoint), f"The checkpoint `{config.checkpoint}`"
+    checkpoint = open_checkpoint(path, network, what, config.name)
+    notes = [*checkpoint.notes, *check_activation(path, network, checkpoint, config.name)]
+    head, rest = _head_of(checkpoint, "head" if path.is_dir() else classifier, config)
+    notes += _no_place(what, load_strictly(network, rest, what))
+    implied = [checkpoint.layout.implied]
+    last = [*known, *implied] if trust_last else [*implied, *known]
+    settings, origin = image_settings.resolve(images, [*built_for, *image_settings.beside_weights(path), *last])
+    projection_DF = usable_projection(network, checkpoint.projection_DF)
+    return Backbone(network, config.name, settings, origin, head, notes, projection_DF)
+
+
+def _head_of(
+    checkpoint: Checkpoint, classifier: str, config: BackboneConfig
+) -> tuple[SourceHead | None, dict[str, Tensor]]:
+    if checkpoint.has_classifier:
+        return _split_head(checkpoint.tensors, classifier, config)
+    if config.source_classes is not None:
+        raise ModelError(
+            "`backbone.source_classes` names classes, but the weights are laid out like"
+            f" {checkpoint.layout.name} and classify none; leave it out."
+        )
+    return None, checkpoint.tensors
+
+
+def _no_place(what: str, unused: list[str]) -> list[str]:
+    if not unused:
+        return []
+    return [f"{what} has {len(unused)} tensors that the network has no place for: {listing(unused)}"]
 
 
 def _hub_weights(config: BackboneConfig, network: nn.Module) -> dict[str, Tensor]:
@@ -235,30 +291,28 @@ def _own_module(config: BackboneConfig, images: ImageConfig, network: nn.Module 
     notes = []
     if network is None:
         network = own_network(config)
-    beside: list[tuple[str, dict[str, Any]]] = []
     head_name = config.source_head or next(
         (name for name in HEAD_NAMES if isinstance(getattr(network, name, None), nn.Linear)), None
     )
     head = None
+    implied: list[tuple[str, Mapping[str, Any]]] = []
     if config.checkpoint is not None:
-        path = user_path(config.checkpoint)
-        weights = read_weights(path)
+        path, what = user_path(config.checkpoint), f"The checkpoint `{config.checkpoint}`"
+        checkpoint = open_checkpoint(path, network, what, config.name if ":" in config.name else None)
+        weights = checkpoint.tensors
         own_head = (f"{head_name}.weight", f"{head_name}.bias") if head_name else ()
         absent = tuple(name for name in own_head if name not in weights)
-        unused = load_strictly(network, weights, f"The checkpoint `{config.checkpoint}`", may_lack=own_head)
-        if unused:
-            notes.append(
-                f"{len(unused)} tensors of the checkpoint have no place in the network: {', '.join(unused[:5])}"
-            )
-        beside = image_settings.beside_weights(path)
-        head = None if absent or not head_name else _split_head(weights, head_name, config)[0]
+        unused = load_strictly(network, weights, what, may_lack=own_head)
+        notes += [*checkpoint.notes, *_no_place(what, unused)]
+        implied = [*image_settings.beside_weights(path), checkpoint.layout.implied]
+        head = None if absent or not head_name else _head_of(checkpoint, head_name, config)[0]
     else:
         notes.append(f"the weights of `{config.name}` are taken as its constructor made them (no --checkpoint)")
     for name in {head_name, *HEAD_NAMES} - {None}:
         module = getattr(network, name, None)
         if isinstance(module, nn.Linear):
             module.requires_grad_(False)  # the pre-training classifier is kept, not trained
-    settings, origin = image_settings.resolve(images, beside)
+    settings, origin = image_settings.resolve(images, implied)
     return Backbone(network, config.name, settings, origin, head, notes)
 
 
@@ -355,6 +409,12 @@ def hub_names(pretrained_cfg: Mapping[str, Any], num_rows: int) -> tuple[str, ..
     if subset is None or not stages or stages[-1].endswith("in1k") != is_small:
         return None
     return imagenet_names(subset)
+
+
+def is_clip_tower(pretrained_cfg: Mapping[str, Any]) -> bool:
+    """Whether a Hub checkpoint is a CLIP image tower as it was trained, whose last layer is its projection."""
+    architecture, tag = pretrained_cfg.get("architecture") or "", pretrained_cfg.get("tag") or ""
+    return "_clip" in architecture and bool(tag) and "ft" not in tag.split("_")
 
 
 def imagenet_names(subset: str = "imagenet-1k") -> tuple[str, ...]:

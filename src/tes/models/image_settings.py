@@ -72,18 +72,19 @@ def resolve(config: ImageConfig, sources: list[tuple[str, Mapping[str, Any]]]) -
 
 
 def beside_weights(checkpoint: Path) -> list[tuple[str, dict[str, Any]]]:
-    """Return the settings that `preprocess.json`, `config.json` beside a weights file or its own header give."""
+    """Return the settings that the JSON files beside a weights file (in a run folder) or its own header give."""
     found = []
-    for name in ("preprocess.json", "config.json"):
-        path = checkpoint.parent / name
+    folder = checkpoint if checkpoint.is_dir() else checkpoint.parent
+    for name in ("preprocess.json", "config.json", "open_clip_config.json"):
+        path = folder / name
         if path.is_file():
             try:
                 values = json.loads(path.read_text(encoding="utf-8"))
             except (OSError, ValueError) as problem:
                 raise ModelError(f"`{path}` beside the checkpoint cannot be read as JSON: {problem}.") from None
             if isinstance(values, dict):
-                timm_own = values.get("pretrained_cfg")
-                values |= timm_own if isinstance(timm_own, dict) else {}
+                for below in ("pretrained_cfg", "preprocess_cfg"):  # timm's, open_clip's
+                    values |= inner if isinstance(inner := values.get(below), dict) else {}
                 found.append((f"`{name}` beside the weights", from_timm(values)))
     if checkpoint.suffix == ".safetensors":
         from safetensors import SafetensorError, safe_open
