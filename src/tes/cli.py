@@ -548,6 +548,24 @@ def report(
     print(f"report: {write_report(folder, out=out, data=data, data_root=data_root)}")
 
 
+@app.command()
+def download(
+    task: Annotated[str, typer.Argument(help="A task, see `tes list tasks`.")],
+    data_root: DataRoot = None,
+    source: Annotated[
+        str | None, typer.Option("--from", help="publisher or hub; default: the publisher, if it can.")
+    ] = None,
+    partial: Partial = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+) -> None:
+    """Fetch a task's images: verified, continued where it broke off, nothing half unpacked."""
+    from tes.verbs.download import download as download_task
+
+    if source not in (None, "publisher", "hub"):
+        raise ConfigError(f"--from is publisher or hub (got `{source}`).")
+    print(f"{task}: {download_task(task, data_root, source, partial=partial)}")
+
+
 @app.command("list")
 def list_(kind: Annotated[Kind, typer.Argument(help="What to list.")], as_json: AsJson = False) -> None:
     """List what can be chosen by name."""

@@ -14,7 +14,8 @@ from pathlib import Path
 import pytest
 
 from tes.data import download as module
-from tes.data.download import Download, fetch, unpack
+from tes.data.download import fetch, unpack
+from tes.data.task import Download
 from tes.errors import DataError
 
 CONTENT = bytes(range(256)) * 4000
@@ -56,7 +57,7 @@ def server() -> Iterator[ThreadingHTTPServer]:
 
 
 def download_of(server: ThreadingHTTPServer, name: str = "a.bin", content: bytes = CONTENT) -> Download:
-    return Download(f"http://127.0.0.1:{server.server_port}/{name}", hashlib.md5(content).hexdigest())
+    return Download(url=f"http://127.0.0.1:{server.server_port}/{name}", md5=hashlib.md5(content).hexdigest())
 
 
 @pytest.mark.parametrize("knows_ranges", [True, False])
@@ -95,7 +96,7 @@ def test_another_file_at_the_address_is_not_kept(server, tmp_path):
 def test_a_dead_link_and_no_network_name_the_alternatives(server, tmp_path):
     with pytest.raises(DataError, match=r"answers with status 404: get it from the authors."):
         fetch(download_of(server, "gone.bin"), tmp_path, "get it from the authors")
-    dead = Download("http://127.0.0.1:9/a.bin", "0" * 32)
+    dead = Download(url="http://127.0.0.1:9/a.bin", md5="0" * 32)
     with pytest.raises(DataError, match=r"broke off .*: run this again, or get it from the authors."):
         fetch(dead, tmp_path, "get it from the authors")
 

@@ -95,6 +95,12 @@ def test_images_without_a_label_and_unknown_splits_are_left_out_and_said(tmp_pat
     ]
 
 
+def test_files_that_number_the_classes_differently_are_refused(dataset_folder):
+    write_parquet(dataset_folder / "data" / "train-00002-of-00003.parquet", [0, 1, 2], names=NAMES[::-1])
+    with pytest.raises(DataError, match="number the classes differently"):
+        open_source(f"hf:{dataset_folder}")
+
+
 def test_a_path_in_the_file_is_not_followed(tmp_path):
     secret = tmp_path / "secret.png"
     secret.write_bytes(picture(1))

@@ -15,10 +15,10 @@ import urllib.request
 import zipfile
 import zlib
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from tes import console
+from tes.data.task import Download
 from tes.errors import DataError
 
 BLOCK = 2**20
@@ -30,31 +30,6 @@ SMALLEST_LIMIT = 2**30
 _MEBI = 2**20
 _CUT = (http.client.IncompleteRead, http.client.HTTPException, ConnectionError, TimeoutError)
 _DAMAGED = (tarfile.TarError, zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError)
-
-
-@dataclass(frozen=True)
-class Download:
-    """One file of a data set: where it is, and the MD5 that its publisher's loaders check it with.
-
-    Attributes:
-        url: http(s) address.
-        md5: Hexadecimal.
-        into: The folder, relative to the data root, that it is unpacked into; or that it is put into, if no archive.
-    """
-
-    url: str
-    md5: str
-    into: str = "."
-
-    @property
-    def name(self) -> str:
-        """The file's name."""
-        return PurePosixPath(urllib.request.url2pathname(self.url.partition("?")[0])).name
-
-    @property
-    def is_archive(self) -> bool:
-        """Whether it is to be unpacked."""
-        return self.name.endswith((".tar", ".tar.gz", ".tgz", ".zip"))
 
 
 def fetch(download: Download, folder: Path, alternatives: str) -> Path:
@@ -73,7 +48,7 @@ def fetch(download: Download, folder: Path, alternatives: str) -> Path:
     """
     target = folder / download.name
     if target.is_file():
-        if _md5(target) == download.md5:
+        if download.md5 in (None, _md5(target)):
             return target
         raise DataError(
             f"`{target}` is not the published file (its MD5 is not {download.md5}); remove it and run this again, or"
@@ -83,7 +58,7 @@ def fetch(download: Download, folder: Path, alternatives: str) -> Path:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         _continue(download, part)
-        if _md5(part) != download.md5:
+        if download.md5 not in (None, _md5(part)):
             part.unlink()
             raise DataError(
                 f"{download.url} is not the published file any more (its MD5 is not {download.md5}); it was not kept:"

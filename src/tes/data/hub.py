@@ -79,12 +79,16 @@ class HubSource(LocalSource):
         options = _options(ref, query)
         folder = user_path(name)
         here = folder.is_dir()
-        shards = _local_shards(folder) if here else _hub_shards(name, options.get("config"))
+        shards = _local_shards(folder) if here else fetch_shards(name, options.get("config"))
         shards = _one_config(ref, shards, options.get("config"))
         super().__init__(cache_dir() / "images", name=folder.resolve().name if here else name.rpartition("/")[2])
         self.notes: list[str] = []
         splits = self._splits(shards)
         columns = _columns(ref, shards[0].file, options)
+        if other := [shard.file for shard in shards if _columns(ref, shard.file, options) != columns]:
+            raise DataError(
+                f"`hf:{ref}`: the files `{shards[0].file}` and `{other[0]}` number the classes differently."
+            )
         self.class_names = None if columns.names is None else {label: readable_name(label) for label in columns.names}
         self._files: dict[str, Path] = {}
         samples, unlabelled = [], Counter()
@@ -176,8 +180,14 @@ def _one_config(ref: str, shards: list[Shard], wanted: str | None) -> list[Shard
     return [shard for shard in shards if shard.config == (wanted or configs[0])]
 
 
-def _hub_shards(name: str, config: str | None) -> list[Shard]:
-    """Return the data set's files, fetched where they are not here; a complete fetch is remembered for offline use."""
+def fetch_shards(name: str, config: str | None) -> list[Shard]:
+    """Return the files of a data set on the Hub, of the splits that are used, fetched where they are not here.
+
+    A complete fetch is remembered, so that the Hub is not needed again.
+
+    Raises:
+        DataError: There is no such data set, it has no Parquet files, or the Hub cannot be read.
+    """
     memory = cache_dir() / "hub" / f"{sha256_text(name, config)}.json"
     try:
         kept = [Shard(Path(file), str(config), str(split)) for file, config, split in json.loads(memory.read_text())]
@@ -202,7 +212,9 @@ def _hub_shards(name: str, config: str | None) -> list[Shard]:
         else:
             raise DataError(f"`hf:{name}` has no Parquet files on the Hub, and nothing else is read: {offline}.")
         shards = []
-        for shard in _one_config(name, found, config):
+        found = _one_config(name, found, config)
+        known = [shard for shard in found if shard.split in SPLIT_WORDS]
+        for shard in known or found:
             file = hf_hub_download(name, shard.file.as_posix(), repo_type="dataset", revision=revision)
             shards.append(dataclasses.replace(shard, file=Path(file)))
     except DataError:

@@ -50,6 +50,48 @@ class Folder(Settings):
         return None
 
 
+class Download(Settings):
+    """A file that the publisher of a data set serves.
+
+    Attributes:
+        url: http(s) address.
+        md5: Of the file, as published; None: what is in it is held against the task's checksum.
+        into: The folder below the data root that it is unpacked into, or put into if it is no archive.
+        inner: The archive in this one that holds the images; the rest is not kept. Its folder is kept below `into`.
+    """
+
+    url: Annotated[str, Field(pattern="^https?://")]
+    md5: Annotated[str, Field(pattern="^[0-9a-f]{32}$")] | None = None
+    into: str = "."
+    inner: str | None = None
+
+    @property
+    def name(self) -> str:
+        """The file's name."""
+        return self.url.rpartition("/")[2]
+
+    @property
+    def is_archive(self) -> bool:
+        """Whether it is to be unpacked."""
+        return self.name.endswith((".tar", ".tar.gz", ".tgz", ".zip"))
+
+
+class HubCopy(Settings):
+    """A copy of the data set on the Hugging Face Hub, in Parquet files.
+
+    Attributes:
+        name: "owner/name".
+        config: Which of the data sets under this name, if there are several.
+        image: The images' column.
+        label: The labels' column.
+    """
+
+    name: str
+    config: str | None = None
+    image: str = "image"
+    label: str = "label"
+
+
 class Templates(Settings):
     """Prompts with one `{}` for the name: the task's usual one, and CLIP's many."""
 
@@ -87,6 +129,8 @@ class Task(Settings):
         templates: Prompts.
         resolution: Of the paper's recipes.
         sources: Where the images can be, in order.
+        downloads: Where the official files are.
+        hub: Where a copy is.
         home: Web page.
         licence: Of the images.
         citation: Of the data set.
@@ -106,6 +150,8 @@ class Task(Settings):
     templates: Templates
     resolution: Resolution
     sources: tuple[Folder, ...]
+    downloads: tuple[Download, ...] = ()
+    hub: HubCopy | None = None
     home: str
     licence: str
     citation: str
@@ -122,6 +168,14 @@ class Task(Settings):
     def num_classes(self) -> int:
         """How many classes the official task has."""
         return len(self.classes)
+
+    @property
+    def places(self) -> tuple[Folder, ...]:
+        """Where the images can be, in order: the official layout, then what `tes download` makes of the Hub's copy."""
+        if self.hub is None:
+            return self.sources
+        holds = f"Parquet files of {self.hub.name}"
+        return (*self.sources, Folder(kind="folder", layout="parquet", folders=(f"{self.name}-parquet",), holds=holds))
 
 
 @functools.cache

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from tes.data.layouts import READERS
-from tes.data.layouts.base import damaged
+from tes.data.layouts.base import Listing, damaged
 from tes.data.source import LocalSource, Sample
 from tes.data.task import Folder, Task, data_root, load_task, split_checksum
 from tes.errors import DataError, listing
@@ -38,7 +38,7 @@ class TaskSource(LocalSource):
         self.aliases = task.also
         listed = READERS[place.layout](folder, task)
         self.packed = listed.packed
-        self.notes = _verify(task, folder, listed.samples, partial)
+        self.notes = _verify(task, folder, listed, partial)
         present = listed.samples if self.packed else _on_disk(folder, listed.samples)
         if not partial:
             _require_all(task, folder, listed.samples, present)
@@ -85,7 +85,7 @@ def open_task(name: str, root: str | None = None, partial: bool = False) -> Task
 def find_folder(task: Task, root: str | None = None) -> tuple[Folder, Path] | None:
     """Return the first of a task's sources that is below the data root, and where; None: there is none."""
     below = data_root(root)
-    return next(((place, folder) for place in task.sources if (folder := place.find(below)) is not None), None)
+    return next(((place, folder) for place in task.places if (folder := place.find(below)) is not None), None)
 
 
 def found_of_official(official: Mapping[str, tuple[int, int]]) -> str:
@@ -96,18 +96,20 @@ def found_of_official(official: Mapping[str, tuple[int, int]]) -> str:
 def how_to_get(task: Task) -> str:
     """Return where a task's data come from and where they are expected, as the end of a sentence."""
     place = task.sources[0]
+    fetch = f"run `tes download {task.name}`, or " if task.downloads or task.hub else ""
     return (
-        f"get them from {task.home} and unpack them as `{place.folders[0]}` ({place.holds}) below a folder that"
+        f"{fetch}get them from {task.home} and unpack them as `{place.folders[0]}` ({place.holds}) below a folder that"
         " --data-root (or $TES_DATA) names"
     )
 
 
-def _verify(task: Task, folder: Path, samples: Sequence[Sample], partial: bool) -> list[str]:
+def _verify(task: Task, folder: Path, listed: Listing, partial: bool) -> list[str]:
     """Hold what the lists say against what is known of the task; return what could not be held against it.
 
     Raises:
         DataError: They are not the official lists, nor, with `partial`, a part of them.
     """
+    samples = listed.samples
     again = f"get the official lists again from {task.home}"
     if unknown := sorted({sample.label for sample in samples} - task.classes.keys()):
         raise DataError(
@@ -115,18 +117,22 @@ def _verify(task: Task, folder: Path, samples: Sequence[Sample], partial: bool) 
         )
     if twice := [path for path, number in Counter(sample.path for sample in samples).items() if number > 1]:
         raise DataError(f"The lists of `{task.name}` in `{folder}` have images twice: {listing(twice, 3)}; {again}.")
-    listed = Counter(sample.split for sample in samples)
+    sizes = Counter(sample.split for sample in samples)
     num_classes = len({sample.label for sample in samples})
     wrong = [
-        f"{listed[split]} {split} images instead of {number}"
+        f"{sizes[split]} {split} images instead of {number}"
         for split, number in task.splits.items()
-        if (listed[split] > number if partial else listed[split] != number)
+        if (sizes[split] > number if partial else sizes[split] != number)
     ]
     if wrong and num_classes < task.num_classes:
         wrong.append(f"{num_classes} classes instead of {task.num_classes}")
     if wrong:
         advice = again if partial else f"{again}, or accept a part of them with --partial"
         raise DataError(f"`{task.name}` in `{folder}` lists {', '.join(wrong)}; {advice}.")
+    if not listed.has_official_paths:
+        return [
+            "A copy: classes and counts are the official ones, which image is in which split could not be verified."
+        ]
     if task.unverified:
         return [f"Its lists are unverified: {task.unverified}."]
     if task.md5:

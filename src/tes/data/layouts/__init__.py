@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-from tes.data.layouts import cifar, class_folders, lists, matlab
+from tes.data.layouts import cifar, class_folders, lists, matlab, parquet
 from tes.data.layouts.base import Listing
 from tes.data.task import Task
 
@@ -18,6 +18,7 @@ READERS: dict[str, Callable[[Path, Task], Listing]] = {
     "dtd": lists.dtd,
     "flowers102": matlab.flowers102,
     "food101": lists.food101,
+    "parquet": parquet.parquet,
     "pets": lists.pets,
     "sun397": lists.sun397,
 }

@@ -27,11 +27,13 @@ class Listing:
 
     Attributes:
         samples: Each with its path below the folder, its label and its split.
-        packed: Where the images are, if they are not files: those of `samples` are then all there.
+        packed: Where the images are, if they are not files below the folder: those of `samples` are then all there.
+        has_official_paths: Whether the paths are those that the task's checksum is over.
     """
 
     samples: list[Sample]
     packed: Packed | None = None
+    has_official_paths: bool = True
 
 
 def read_lines(folder: Path, name: str, task: Task) -> list[str]:

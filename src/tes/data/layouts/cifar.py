@@ -100,7 +100,7 @@ def _check_names(folder: Path, task: Task) -> None:
         found = _unpickle(folder / name, task).get(key)
         names = [_text(label) for label in found] if isinstance(found, list) else []
     elif (lines := folder / ("batches.meta.txt" if task.num_classes == 10 else "fine_label_names.txt")).is_file():
-        name, names = lines.name, lines.read__text(encoding="utf-8", errors="replace").split()
+        name, names = lines.name, lines.read_text(encoding="utf-8", errors="replace").split()
     else:
         return
     if names != list(task.classes):
