@@ -164,6 +164,11 @@ class Task(Settings):
             raise ValueError("a task has a checksum (or md5), or says why not (unverified)")
         return self
 
+    @functools.cached_property
+    def labels(self) -> tuple[str, ...]:
+        """The official labels, in index order."""
+        return tuple(self.classes)
+
     @property
     def num_classes(self) -> int:
         """How many classes the official task has."""

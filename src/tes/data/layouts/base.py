@@ -66,7 +66,7 @@ def class_at(number: str | int, task: Task, where: str) -> str:
             f"{where}: `{number}` is not one of the classes 1 to {task.num_classes} of `{task.name}`; get the list"
             f" again from {task.home}."
         )
-    return list(task.classes)[index - 1]
+    return task.labels[index - 1]
 
 
 def missing(file: Path, task: Task) -> DataError:
