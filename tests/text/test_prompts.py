@@ -2,9 +2,10 @@ from __future__ import annotations
 
 import pytest
 
+from tes.config import TextConfig
 from tes.data.classes_file import ClassInfo
 from tes.errors import TextError
-from tes.text.prompts import class_prompts
+from tes.text.prompts import class_prompts, with_templates
 
 
 def test_the_default_prompt_is_the_authors_own():
@@ -36,3 +37,19 @@ def test_own_sentences_replace_the_templates_unless_they_are_mixed():
 
 def test_an_empty_description_counts_as_none():
     assert class_prompts(ClassInfo("pear", "pear", descriptions=("  ",))) == ["a photo of a pear"]
+
+
+def test_prompts_that_come_with_the_data_fill_what_the_user_left_open():
+    single, ensemble = ["a {}, a type of pet."], ["a {}.", "the {}."]
+    own = TextConfig(templates=("my {}",))
+    assert with_templates(own, single, ensemble) == (own, None)
+    assert with_templates(TextConfig(), None, None) == (TextConfig(), None)
+    filled, whose = with_templates(TextConfig(), single, ensemble)
+    assert (filled.templates, whose) == (("a {}, a type of pet.",), "the task's own")
+    assert with_templates(filled, single, ensemble) == (filled, None)
+    many, _ = with_templates(TextConfig(templates="ensemble"), single, ensemble)
+    assert many.templates == ("a {}.", "the {}.")
+    rows = TextConfig(encoder="file:rows.npz")
+    assert with_templates(rows, single, ensemble) == (rows, None)  # nothing reads prompts there
+    with pytest.raises(TextError, match="these data are no task"):
+        with_templates(TextConfig(templates="ensemble"), None, None)

@@ -123,8 +123,8 @@ def apply_classes_file(classes: Sequence[ClassInfo], path: str | Path) -> tuple[
         )
         raise DataError(
             f"`{path}` has no row for {len(missing)} of the {len(classes)} classes: {named}. "
-            "Add rows called exactly as the classes (an empty list takes the templates), or leave those classes out with"
-            " `--only-classes`."
+            "Add rows called exactly as the classes (an empty list takes the templates), or leave those classes out"
+            " with `--only-classes`."
         )
     completed = [
         dataclasses.replace(

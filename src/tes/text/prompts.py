@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from tes.config import TextConfig
 from tes.data.classes_file import ClassInfo
 from tes.errors import TextError
+from tes.text.encoder import encoders
 
 DEFAULT_TEMPLATES = ("a photo of a {}",)  # the authors' prompt: no article by the name, no full stop
 
@@ -37,7 +38,8 @@ def with_templates(
                 "`text.templates=ensemble` takes a task's prompts, and these data are no task; give templates with {}."
             )
         return config.model_copy(update={"templates": tuple(ensemble)}), "the task's ensemble, CLIP's"
-    if config.templates is None and single is not None:
+    takes_prompts = encoders.get(config.encoder.partition(":")[0]).can_embed_sentences
+    if config.templates is None and single is not None and takes_prompts:
         return config.model_copy(update={"templates": tuple(single)}), "the task's own"
     return config, None
 

@@ -32,7 +32,7 @@ def caltech101(folder: Path, task: Task) -> Listing:
     found = [
         f"{below.name}/{file.name}"
         for below in sorted(folder.iterdir())
-        if below.is_dir() and below.name != BACKGROUND
+        if below.is_dir() and below.name != BACKGROUND and not below.name.startswith(".")
         for file in sorted(below.iterdir())
         if file.suffix.lower() in SUFFIXES and not file.name.startswith(".")
     ]
