@@ -23,6 +23,7 @@ _WHERE = {
     "Run": "tes.run",
     "TesError": "tes.errors",
     "average": "tes.verbs.average",
+    "benchmark": "tes.verbs.benchmark",
     "available": "tes.catalogue",
     "calibrate": "tes.verbs.calibrate",
     "check": "tes.verbs.check",

@@ -11,7 +11,7 @@ from tes.metrics import LOSSES, METRICS, ordered
 
 def model_card(classes: list[ClassInfo], summary: dict[str, Any], seed: int, citation: str) -> str:
     """Return README.md of a run folder."""
-    names = [_plain(info.name) for info in classes]
+    names = [plain(info.name) for info in classes]
     shown = ", ".join(names[:20]) + (f" and {len(names) - 20} more" if len(names) > 20 else "")
     refit = summary["refit"]
     trained = trained_part(summary["train"])
@@ -25,10 +25,10 @@ def model_card(classes: list[ClassInfo], summary: dict[str, Any], seed: int, cit
     if summary["protocol"] == "paper":
         chosen = "**Test-selected**: trained on train and val, and chosen on the test split, as the authors' code does."
     lines = [
-        f"# {_plain(summary['data'])}: {len(classes)} classes",
+        f"# {plain(summary['data'])}: {len(classes)} classes",
         "",
         f"An image classifier fine-tuned with [tes](https://arxiv.org/abs/2304.01489), arm `{summary['arm']}` from the"
-        f" start `{summary['start']}`; backbone `{_plain(summary['backbone']['name'])}`, {trained} trained. It needs no"
+        f" start `{summary['start']}`; backbone `{plain(summary['backbone']['name'])}`, {trained} trained. It needs no"
         f" text at inference; it answers with its `{summary['default_head']}` head.",
         "",
         f"Classes: {shown}.",
@@ -70,6 +70,6 @@ def trained_part(train: str) -> str:
     return {"head": "the head alone", "all": "all weights"}.get(train, f"{layers} and the head")
 
 
-def _plain(text: str) -> str:
+def plain(text: str) -> str:
     """Keep names that a stranger chose from being read as Markdown or HTML."""
     return re.sub(r"([\\`*_{}\[\]<>()#+!|])", r"\\\1", " ".join(str(text).split()))

@@ -533,6 +533,67 @@ def compare(
 
 
 @app.command()
+def benchmark(
+    data: Annotated[list[str], typer.Argument(metavar="DATA...", help="Data sets, each as for `tes compare`.")],
+    out: Annotated[str, typer.Option(help="The benchmark's folder.")],
+    backbones: Annotated[
+        str, typer.Option(metavar="A,B", help="Names, NAME=CHECKPOINT, or YAML files with a backbone's settings.")
+    ] = "lite0",
+    texts: Annotated[str, typer.Option(metavar="X,Y", help="Text encoders, each as for --text.")] = "minilm",
+    arms: Annotated[str, typer.Option(help="NAME[@PRESET][+START], as in ce,tes,tes@paper+random.")] = "ce,tes",
+    shots: Annotated[str, typer.Option(metavar="K,K,…", help="As in 1,2,4,8,16; `all`; or shares: 15%.")] = "all",
+    seeds: Annotated[int, typer.Option(help="How many seeds.")] = 3,
+    seed: Annotated[int, typer.Option(help="The first seed.")] = 0,
+    trials: Annotated[int, typer.Option(help="Of a search in each comparison; 1: the defaults.")] = 1,
+    protocol: Protocol = "val",
+    controls: Annotated[
+        bool, typer.Option("--controls/--no-controls", help="Add the arms that tell what a gain is owed to.")
+    ] = False,
+    train: Annotated[
+        str | None, typer.Option(help="head (solved in seconds), last-N (layers) or all; default: all on a GPU.")
+    ] = None,
+    size: Size = None,
+    device: Device = None,
+    partial: Annotated[bool, typer.Option("--partial", help="Accept a subset of a task's official list.")] = False,
+    published: Annotated[
+        str | None, typer.Option(metavar="FILE", help="benchmark.csv with its column published_percent filled.")
+    ] = None,
+    config: ConfigFile = None,
+    assignments: Assignments = None,
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+) -> None:
+    """Tasks × backbones × text encoders × arms as one resumable set of comparisons, and one table over all of them."""
+    from tes.benchmark_folder import render
+    from tes.verbs.benchmark import benchmark as run_benchmark
+    from tes.verbs.compare import Settings
+
+    flags = {"data.partial": partial or None, "train": train, "image.size": size, "device": device}
+    try:
+        made = run_benchmark(
+            Settings(config, flags, assignments or []),
+            data,
+            _listed(backbones),
+            _listed(texts),
+            _listed(arms),
+            out=out,
+            shots=_listed(shots),
+            num_seeds=seeds,
+            first_seed=seed,
+            num_trials=trials,
+            protocol=protocol,
+            controls=controls,
+            published=published,
+        )
+    except KeyboardInterrupt:
+        print("interrupted; the same command goes on from here", file=sys.stderr)
+        raise typer.Exit(75) from None
+    print(render(made))
+    print(
+        f"\nbenchmark: {made.path} (benchmark.md, benchmark.csv, benchmark.html, and a comparison for each combination)"
+    )
+
+
+@app.command()
 def report(
     folder: Annotated[Path, typer.Argument(metavar="RUN|COMPARISON", help="What `tes train` or `tes compare` wrote.")],
     out: Annotated[

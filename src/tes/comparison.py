@@ -393,7 +393,8 @@ def _paired_only(
     if not np.isfinite(differences).all():  # none of these classes was scored
         return None
     result = paired(differences, has_seeds)
-    return {name: getattr(result, name) for name in ("mean", "low", "high", "num_seeds", "wins", "ties", "losses")}
+    names = ("mean", "low", "high", "num_seeds", "wins", "ties", "losses")
+    return {name: getattr(result, name) for name in names} | {"by_seed": differences}
 
 
 def _parts(comparison: Comparison) -> list[tuple[str, np.ndarray]]:

@@ -110,7 +110,7 @@ def compare(
     if not isinstance(settings, Settings):
         settings = Settings(flags=settings)
     shots = [str(int(shot)) if shot.isdecimal() else shot for shot in shots]
-    _check(arms, shots, num_seeds, num_trials, split, protocol)
+    check_axes(arms, shots, num_seeds, num_trials, split, protocol)
     named = [objectives.get(arm.partition("+")[0].partition("@")[0]) for arm in arms]
     for line in settings.assignments:
         if not any(_concerns(line, objective_class) for objective_class in named):
@@ -193,9 +193,14 @@ def _concerns(assignment: str, objective_class: type[Objective]) -> bool:
     return prefix != "objective" or not name or name in objective_class.Config.model_fields
 
 
-def _check(
+def check_axes(
     arms: Sequence[str], shots: Sequence[str], num_seeds: int, num_trials: int, split: str, protocol: str
 ) -> None:
+    """Refuse arms, shots and numbers that no comparison can have.
+
+    Raises:
+        ConfigError: One sentence.
+    """
     if not arms:
         raise ConfigError("--arms names no arm; write them as in `--arms ce,tes`.")
     for arm in arms:

@@ -96,6 +96,8 @@ def doubts_table(found: Findings) -> str:
 
 
 def _open(folder: Path) -> Run | Comparison:
+    if (folder / "benchmark.json").is_file():
+        raise RunError(f"`{folder}` is a benchmark, and its page is benchmark.html; name one of the comparisons in it.")
     if (folder / "compare.json").is_file():
         return Comparison.open(folder)
     if folder.is_dir() and not (folder / "run.json").is_file() and not (folder / "config.yaml").is_file():
