@@ -63,7 +63,8 @@ OnlyClasses = Annotated[
     str | None, typer.Option(metavar="A,B,C", help="Keep these classes alone; or a file, one a line.")
 ]
 Text = Annotated[
-    str | None, typer.Option("--text", help="minilm, bert:ID, clip:ID, file:PATH (ID: Hub name or folder).")
+    str | None,
+    typer.Option("--text", help="minilm, bert:ID, clip:ID, st:ID, openclip:ID, file:PATH (ID: Hub name or folder)."),
 ]
 BackboneName = Annotated[str | None, typer.Option(help="lite0, a timm name, or package.module:factory.")]
 Checkpoint = Annotated[str | None, typer.Option(metavar="FILE", help="Local weights (.safetensors, .pth).")]

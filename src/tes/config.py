@@ -76,7 +76,7 @@ class BackboneConfig(Settings):
     name: str = Field("lite0", description="lite0, a timm name, or package.module:factory")
     kwargs: dict[str, Any] = Field(default_factory=dict, description="keyword arguments of the network's constructor")
     checkpoint: str | None = Field(
-        None, description="local weights (.safetensors, .pth); None: the Hub's for a timm name"
+        None, description="local weights (.safetensors, .pth) or a run folder; None: the Hub's for a timm name"
     )
     source_head: str | None = Field(None, description="name of the linear layer that classified the source classes")
     source_classes: str | None = Field(None, description="imagenet1k, cifar10, or a text file with one name a line")
@@ -100,7 +100,10 @@ class BackboneConfig(Settings):
 class TextConfig(Settings):
     """How class names become the rows of the text classifier."""
 
-    encoder: str = Field("minilm", description="minilm, bert:ID, clip:ID (Hub name or local folder), file:PATH")
+    encoder: str = Field(
+        "minilm",
+        description="minilm, bert:ID, clip:ID, st:ID, openclip:ID (ID: Hub name or local folder), file:PATH",
+    )
     templates: Annotated[tuple[str, ...], Field(min_length=1)] | None = Field(
         None,
         description="prompts with {} for the name, averaged; ensemble: the task's many (CLIP's); None: the task's own"

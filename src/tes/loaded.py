@@ -12,12 +12,19 @@ from tes.config import PRIOR_STARTS, Config, TextConfig
 from tes.data.dataset import Dataset
 from tes.engine.compute import Compute
 from tes.engine.features import FrozenFeatures
-from tes.engine.prior import CONTROLS, predict_rows
+from tes.engine.prior import CONTROLS, carry_rows, predict_rows
 from tes.engine.solve import Prior
 from tes.errors import TextError
 from tes.models.backbone import Backbone, load_backbone
 from tes.text.classifier import TextClassifier
-from tes.text.vocabulary import NearestSource, SourceText, embed_source, nearest_source
+from tes.text.vocabulary import (
+    NearestSource,
+    SharedSpace,
+    SourceText,
+    embed_source,
+    nearest_source,
+    shared_space,
+)
 
 
 @dataclass(eq=False)
@@ -32,7 +39,7 @@ class Loaded:
     dataset: Dataset
     backbone: Backbone
     _texts: dict[TextConfig, TextClassifier] = field(default_factory=dict)
-    _sources: dict[TextConfig, SourceText | str] = field(default_factory=dict)
+    _sources: dict[TextConfig, SourceText | SharedSpace | str] = field(default_factory=dict)
     _nearest: list[NearestSource] | None = None
     _features: dict[Compute, FrozenFeatures] = field(default_factory=dict)
 
@@ -55,11 +62,11 @@ class Loaded:
             self._texts[config] = built
         return self._texts[config]
 
-    def source_text(self, config: TextConfig) -> SourceText | str:
-        """Return the source classes' rows, or, where a text prior is not possible, why."""
+    def source_text(self, config: TextConfig) -> SourceText | SharedSpace | str:
+        """Return what a text prior comes from, the source classes' rows or a CLIP's space; or why there can be none."""
         config = self._with_templates(config)
         if config not in self._sources:
-            self._sources[config] = _embed_source(self.backbone, config)
+            self._sources[config] = _source_text(self.backbone, config)
         return self._sources[config]
 
     def nearest(self) -> list[NearestSource] | None:
@@ -80,24 +87,34 @@ class Loaded:
         if config.start not in PRIOR_STARTS:
             return None
         source, head = self.source_text(config.text), self.backbone.source_head
-        assert isinstance(source, SourceText) and head is not None, "settle() refuses it"
-        control = config.start.removeprefix("probe+")
-        rows_CF = predict_rows(
-            torch.from_numpy(self.class_text(config.text).uncentred),
-            torch.from_numpy(source.rows_SD),
-            head.weight_SF,
-            config.prior.gamma,
-            config.prior.rho,
-            control=control if control in CONTROLS else None,
-            seed=config.seed,
-        )
+        name = config.start.removeprefix("probe+")
+        control = name if name in CONTROLS else None
+        target_CD = torch.from_numpy(self.class_text(config.text).uncentred)
+        if isinstance(source, SharedSpace):
+            rows_CF = carry_rows(target_CD, torch.from_numpy(source.projection_DF), control, config.seed)
+        else:
+            assert isinstance(source, SourceText) and head is not None, "settle() refuses it"
+            rows_CF = predict_rows(
+                target_CD,
+                torch.from_numpy(source.rows_SD),
+                head.weight_SF,
+                config.prior.gamma,
+                config.prior.rho,
+                control=control,
+                seed=config.seed,
+            )
         return Prior(rows_CF, config.prior.form, config.prior.kappa, config.prior.zero_shot_trust)
 
     def _with_templates(self, config: TextConfig) -> TextConfig:
         return text.with_templates(config, self.dataset.templates, self.dataset.ensemble)[0]
 
 
-def _embed_source(backbone: Backbone, config: TextConfig) -> SourceText | str:
+def _source_text(backbone: Backbone, config: TextConfig) -> SourceText | SharedSpace | str:
+    if backbone.projection_DF is not None:
+        return shared_space(backbone.projection_DF.numpy(), config) or (
+            f"`{backbone.name}` is the image tower of a CLIP, and `{config.encoder}` is not known to be its text tower"
+            " (take both from one model: --text openclip:… or clip:…)"
+        )
     if backbone.source_head is None:
         return f"`{backbone.name}` has no classifier from its pre-training"
     if backbone.source_head.names is None:

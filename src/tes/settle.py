@@ -16,7 +16,7 @@ from tes.models.layers import count_layers, layer_of
 from tes.models.precision import resolve_precision
 from tes.objectives.base import Objective
 from tes.text.prompts import with_templates
-from tes.text.vocabulary import SourceText
+from tes.text.vocabulary import SharedSpace, SourceText
 
 NUM_EPOCHS = 20
 # A solved head has large weights, and its first gradients are large too: AdamW's steps do not depend on their size,
@@ -94,7 +94,7 @@ def settle(
     dataset: Dataset,
     backbone: Backbone,
     objective_class: type[Objective],
-    source_text: Callable[[TextConfig], SourceText | str],
+    source_text: Callable[[TextConfig], SourceText | SharedSpace | str],
     num_images: int | None = None,
 ) -> Settled:
     """Decide device, arithmetic, image settings, what is trained, the start, the refit and the optimiser's budget.
@@ -104,8 +104,8 @@ def settle(
         dataset: With its draw.
         backbone: Loaded.
         objective_class: Of `config.objective`.
-        source_text: Returns the source classes' rows, or why a text prior is not possible; asked only where a start
-            wants to know.
+        source_text: Returns what a text prior comes from, or why there can be none; asked only where a start wants to
+            know.
         num_images: How many are trained on; None: those of the split `train`.
 
     Raises:
@@ -209,7 +209,7 @@ def _settle_start(
     config: Config,
     backbone: Backbone,
     objective_class: type[Objective],
-    source_text: Callable[[TextConfig], SourceText | str],
+    source_text: Callable[[TextConfig], SourceText | SharedSpace | str],
     decide: Any,
 ) -> None:
     start = config.start or objective_class.default_start
@@ -217,12 +217,18 @@ def _settle_start(
         source = source_text(config.text)
         if start == "auto" and isinstance(source, SourceText):
             decide("start", "probe+prior", f"`{backbone.name}` has a classifier of {len(source.names)} named classes")
+        elif start == "auto" and isinstance(source, SharedSpace):
+            decide("start", "probe+prior", f"`{backbone.name}` and `{config.text.encoder}` are the towers of one CLIP")
         elif start == "auto":
             decide("start", "probe", f"no text prior: {source}")
             if config.data.shots == 0:
                 raise ConfigError(f"0 shots need a text prior, and there can be none: {source}.")
         elif isinstance(source, str):
             raise ConfigError(f"`start: {start}` is not possible: {source}; use --start probe.")
+        elif isinstance(source, SharedSpace) and start == "probe+lookup":
+            raise ConfigError(
+                f"`start: {start}` copies the row of the nearest source class, and a CLIP has none; use probe+permuted."
+            )
     elif config.start is None:
         decide("start", start, f"the default of `{config.objective.name}`")
         if config.data.shots == 0:

@@ -184,7 +184,7 @@ def test_code_in_a_model_folder_is_never_run(bert_folder, tmp_path):
 
 
 def test_pooling_is_refused_where_there_is_no_choice(clip_folder, tmp_path):
-    for encoder in ("minilm", f"clip:{clip_folder}", f"file:{tmp_path}"):
+    for encoder in ("minilm", *(f"{kind}:{clip_folder}" for kind in ("clip", "st", "openclip")), f"file:{tmp_path}"):
         with pytest.raises(ConfigError, match="pooling"):
             open_encoder(TextConfig(encoder=encoder, pooling="cls"))
 
@@ -198,7 +198,7 @@ def test_an_unknown_encoder_is_named_with_the_known_ones():
         open_encoder(TextConfig(encoder="minilm:L12"))
 
 
-@pytest.mark.parametrize("kind", ["bert", "clip"])
+@pytest.mark.parametrize("kind", ["bert", "clip", "st", "openclip"])
 def test_without_a_network_a_hub_name_fails_in_one_sentence_with_the_choices(kind, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     start = time.monotonic()

@@ -8,6 +8,9 @@ Elhoseiny et al. 2013, "Write a Classifier"):
     W̄ = W_src minus its mean row, scaled so that its rows have mean norm 1
     P = exp(γ (B Aᵀ - 1)) [exp(γ (A Aᵀ - 1)) + ρ I]⁻¹ W̄,   minus the mean row, then each row to norm 1
 
+A CLIP image tower (Radford et al. 2021) has no such head, and needs none: it was trained so that
+normalize(f projectionᵀ) · z is large where text z describes the image, so P = Z projection, finished in the same way.
+
 Shapes: S source classes, C classes, D dimensions of the text embedding, F features.
 """
 
@@ -60,6 +63,23 @@ def predict_rows(
         kernel_SS = torch.exp(gamma * (a_SD @ a_SD.T - 1))
         kernel_SS.diagonal().add_(rho)
         rows_CF = torch.exp(gamma * (cosine_CS - 1)) @ torch.linalg.solve(kernel_SS, w_SF)
+    return _finished(rows_CF, control, seed)
+
+
+def carry_rows(target_CD: Tensor, projection_DF: Tensor, control: str | None = None, seed: int = 0) -> Tensor:
+    """Return P (C, F), float64, rows of norm 1, for an image tower that shares its space with the text encoder.
+
+    Args:
+        target_CD: Unit rows of the classes' texts, not centred.
+        projection_DF: What carries the image tower's pooled feature to that space.
+        control: `permuted` as above; there are no source names to look up.
+        seed: Of the permutation.
+    """
+    assert control != "lookup", "settle() refuses it"
+    return _finished(target_CD.double() @ projection_DF.double(), control, seed)
+
+
+def _finished(rows_CF: Tensor, control: str | None, seed: int) -> Tensor:
     rows_CF = rows_CF - rows_CF.mean(dim=0)
     norms_C1 = rows_CF.norm(dim=1, keepdim=True)
     rows_CF = torch.where(

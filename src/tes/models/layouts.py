@@ -79,7 +79,7 @@ class Layout:
 PLAIN = Layout("plain")
 CLIP_OF_OPEN_CLIP = Layout(
     "CLIP (OpenAI, open_clip)",
-    marks=(r"visual\.",),
+    marks=(r"visual\.(class_embedding$|layer1\.)",),
     head=r"(?!visual\.)|visual\.(proj$|attnpool\.c_proj\.|head\.)",  # the text tower, and the projection to it
     images=CLIP,
 )
@@ -104,13 +104,7 @@ CLIP_OF_TRANSFORMERS = Layout(
 )
 LAYOUTS = (
     # He et al. 2020, Chen et al. 2020: the query encoder is kept beside the key encoder and its queue.
-    Layout(
-        "MoCo v1/v2",
-        marks=(r"encoder_q\.",),
-        prefix="encoder_q.",
-        head=r"(fc|head)\.",
-        images=IMAGENET,
-    ),
+    Layout("MoCo v1/v2", marks=(r"encoder_q\.",), prefix="encoder_q.", head=r"(fc|head)\.", images=IMAGENET),
     # Chen et al. 2021, ResNet and ViT: base encoder, its slow copy, and a predictor.
     *(
         Layout(
@@ -138,14 +132,11 @@ LAYOUTS = (
         images=IMAGENET,
     ),
     # He et al. 2022, with its decoder.
-    Layout(
-        "MAE",
-        marks=(r"decoder_(embed|blocks|pos_embed)",),
-        head=r"mask_token$|decoder_",
-        images=IMAGENET,
-    ),
+    Layout("MAE", marks=(r"decoder_(embed|blocks|pos_embed)",), head=r"mask_token$|decoder_", images=IMAGENET),
     CLIP_OF_OPEN_CLIP,
     CLIP_OF_TRANSFORMERS,
+    # SigLIP and others; they do not agree on how images are prepared, and timm's configuration for the name knows.
+    Layout("open_clip with a tower of timm's", marks=(r"visual\.trunk\.",), head=r"(?!visual\.trunk\.)"),
     Layout(
         "torchvision's ViT",
         marks=(r"conv_proj\.", r"encoder\.layers\.encoder_layer_0\."),

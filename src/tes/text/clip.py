@@ -6,6 +6,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from tes.errors import ConfigError, TextError
 from tes.text.pretrained import PretrainedEncoder, explained, load, model_folder, model_settings
 
@@ -53,3 +55,14 @@ class ClipEncoder(PretrainedEncoder):
     def pool(self, output: Any, mask_BL: torch.Tensor) -> torch.Tensor:
         """Return the projected vector of the end-of-text token (B, D)."""
         return output.text_embeds
+
+    def image_projection(self) -> np.ndarray | None:
+        """Return (D, F) from the image half of the same file; None where the folder holds the text half alone."""
+        from safetensors import SafetensorError, safe_open
+
+        try:
+            with safe_open(self.folder / "model.safetensors", "numpy") as stored:
+                name = "visual_projection.weight"
+                return stored.get_tensor(name).astype(np.float32) if name in stored.keys() else None  # noqa: SIM118
+        except (SafetensorError, OSError, TypeError):
+            return None  # in several files, or not to be read without torch

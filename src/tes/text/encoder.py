@@ -32,6 +32,8 @@ encoders = Registry(
         "minilm": "tes.text.minilm:MiniLMEncoder",
         "bert": "tes.text.bert:BertEncoder",
         "clip": "tes.text.clip:ClipEncoder",
+        "st": "tes.text.sentence:SentenceEncoder",
+        "openclip": "tes.text.open_clip:OpenClipEncoder",
         "file": "tes.text.file:FileEncoder",
     },
     "tes.encoders",
@@ -63,6 +65,12 @@ class TextEncoder(ABC):
     def encode(self, sentences: Sequence[str]) -> np.ndarray:
         """Return an embedding per sentence, (N, D) float32, of any length; a network is let go of on return."""
 
+    def image_projection(self) -> np.ndarray | None:
+        """Return what carries the pooled feature of the image tower that this text tower was trained with to the space
+        of the embeddings, (D, F features); None where there is no such tower.
+        """
+        return None
+
     def embed(self, sentences: Sequence[str]) -> np.ndarray:
         """Return a unit row per sentence, (N, D) float32, from the cache where these sentences were embedded before."""
         distinct = sorted(set(sentences))
@@ -83,7 +91,7 @@ class TextEncoder(ABC):
 
 
 def open_encoder(config: TextConfig) -> TextEncoder:
-    """Return the encoder that `text.encoder` names: "minilm", "bert:ID", "clip:ID" or "file:PATH".
+    """Return the encoder that `text.encoder` names: "minilm", or, for example, "bert:ID" or "file:PATH".
 
     Raises:
         ConfigError: There is no such encoder.

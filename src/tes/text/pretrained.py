@@ -12,6 +12,7 @@ import json
 import os
 from abc import abstractmethod
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -30,6 +31,35 @@ if TYPE_CHECKING:
 BATCH_SIZE = 64
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
 FILES = ("*.json", "*.txt", "*.model", "model.safetensors", "model-*.safetensors")
+
+
+@dataclass(frozen=True)
+class Kept:
+    """How a library keeps a model in a folder: who, the file that describes it, what to fetch, what it must have.
+
+    `wanted` and `ignored` are patterns of files on the Hub; of `weights` one must be there, where any are named.
+    """
+
+    library: str
+    description: str
+    wanted: tuple[str, ...]
+    ignored: tuple[str, ...] = ("*/*",)  # repositories keep other formats of the same weights in folders below
+    weights: tuple[str, ...] = ()
+
+
+TRANSFORMERS = Kept("transformers", "config.json", FILES, weights=WEIGHTS)
+SENTENCE_TRANSFORMERS = Kept(
+    "sentence-transformers",
+    "modules.json",
+    (*FILES, "[0-9]_*/*.json", "[0-9]_*/*.txt", "[0-9]_*/model.safetensors"),
+    ignored=("onnx/*", "openvino/*"),
+)
+OPEN_CLIP = Kept(
+    "open_clip",
+    "open_clip_config.json",
+    ("open_clip_config.json", "open_clip_model.safetensors"),
+    weights=("open_clip_model.safetensors", "open_clip_pytorch_model.bin"),
+)
 
 
 class PretrainedEncoder(TextEncoder):
@@ -69,7 +99,7 @@ class PretrainedEncoder(TextEncoder):
         # Tokenising must neither warn about, nor break, the data loader's worker processes that are forked later.
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
         # The generator is put back: a run must not depend on whether the embeddings came from the cache.
-        with torch.random.fork_rng(devices=[]), torch.inference_mode(), _quiet():
+        with torch.random.fork_rng(devices=[]), torch.inference_mode(), quiet():
             network = self.load_network().eval()
             tokenizer, limit = self._load_tokenizer(network)
             tokens = tokenizer(list(sentences), truncation=True, max_length=limit)
@@ -152,29 +182,34 @@ def explained(folder: Path, what: str) -> Iterator[None]:
         raise TextError(f"`{folder}` holds no text encoder that can be read: {what} fails with: {lines[0]}") from e
 
 
-def model_folder(kind: str, identifier: str) -> Path:
+def model_folder(kind: str, identifier: str, kept: Kept = TRANSFORMERS) -> Path:
     """Return the folder of a model: the user's own, the local Hub cache's, or fetched from the Hub.
 
     Args:
         kind: The encoder's name in `text.encoder`, for messages.
         identifier: A folder here, or a name on the Hub.
+        kept: How the folder is laid out.
 
     Raises:
-        TextError: There is neither, the Hub cannot be read, or the folder lacks config.json or safetensors.
+        TextError: There is neither, the Hub cannot be read, or the folder lacks its description or safetensors.
     """
     if not identifier:
         raise TextError(f"`text.encoder: {kind}` needs a model: `{kind}:FOLDER`, or `{kind}:NAME` of the Hub.")
     folder = user_path(identifier)
     if not folder.is_dir():
         if folder.exists():
-            raise TextError(f"`{identifier}` is a file; `{kind}:` takes the folder that holds config.json and weights.")
+            raise TextError(f"`{identifier}` is a file; `{kind}:` takes the folder that holds {kept.description}.")
         if identifier.startswith((".", "~", "/")) or folder.is_absolute():
             raise TextError(f"There is no folder `{identifier}` for the text encoder `{kind}`; check the path.")
-        folder = _hub_snapshot(kind, identifier)
-    if not (folder / "config.json").is_file():
-        raise TextError(f"`{folder}` has no config.json, so it is no model that transformers saved; check the path.")
-    if not _has_weights(folder):
-        raise TextError(_without_safetensors(identifier))
+        folder = _hub_snapshot(kind, identifier, kept)
+    if not (folder / kept.description).is_file():
+        raise TextError(
+            f"`{folder}` has no {kept.description}, so it is no model that {kept.library} saved; check the path."
+        )
+    if not _has_weights(folder, kept):
+        if kept is TRANSFORMERS:
+            raise TextError(_without_safetensors(identifier))
+        raise TextError(f"`{folder}` has none of {', '.join(kept.weights)}; put the model's weights there.")
     return folder
 
 
@@ -189,21 +224,19 @@ def model_settings(folder: Path) -> dict[str, Any]:
     return settings
 
 
-def _hub_snapshot(kind: str, name: str) -> Path:
+def _hub_snapshot(kind: str, name: str, kept: Kept) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 
     def snapshot(local_files_only: bool) -> Path:
-        # Files of the top folder alone: repositories keep other formats of the same weights in folders below.
+        wanted, ignored = list(kept.wanted), list(kept.ignored)
         return Path(
-            snapshot_download(
-                name, allow_patterns=list(FILES), ignore_patterns=["*/*"], local_files_only=local_files_only
-            )
+            snapshot_download(name, allow_patterns=wanted, ignore_patterns=ignored, local_files_only=local_files_only)
         )
 
     with contextlib.suppress(LocalEntryNotFoundError, HFValidationError):
         folder = snapshot(local_files_only=True)
-        if (folder / "config.json").is_file() and _has_weights(folder):
+        if (folder / kept.description).is_file() and _has_weights(folder, kept):
             return folder
     offline_choice = (
         f"use `--text minilm`, a model in a local folder (`--text {kind}:FOLDER`) "
@@ -220,8 +253,8 @@ def _hub_snapshot(kind: str, name: str) -> Path:
         ) from problem
 
 
-def _has_weights(folder: Path) -> bool:
-    return any((folder / name).is_file() for name in WEIGHTS)
+def _has_weights(folder: Path, kept: Kept) -> bool:
+    return not kept.weights or any((folder / name).is_file() for name in kept.weights)
 
 
 def _without_safetensors(identifier: str) -> str:
@@ -237,7 +270,7 @@ def _target(identifier: str) -> str:
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Keep transformers' bars and remarks about unused tensors off the screen."""
     from transformers.utils import logging
 

@@ -18,6 +18,8 @@ from tes.text.encoder import open_encoder
 from tes.text.prompts import class_prompts
 
 KNOWN_COSINE = 0.85
+SAME_PROJECTION = 0.01
+"""Relative distance up to which two projections are one: bfloat16 rounds by up to 0.004."""
 
 
 @dataclass(frozen=True)
@@ -35,6 +37,26 @@ class SourceText:
 
     names: tuple[str, ...]
     rows_SD: np.ndarray
+
+
+@dataclass(frozen=True, eq=False)
+class SharedSpace:
+    """That the text encoder embeds into the space of a CLIP image tower, and what carries a feature there (D, F)."""
+
+    projection_DF: np.ndarray
+
+
+def shared_space(projection_DF: np.ndarray, config: TextConfig) -> SharedSpace | None:
+    """Return the space that an image tower with this projection shares with the text encoder; None without one.
+
+    They are one CLIP where the encoder's own files hold the same projection: two models that were trained apart do not
+    agree on one, and a copy in half precision does up to its rounding.
+    """
+    own_DF = open_encoder(config).image_projection()
+    if own_DF is None or own_DF.shape != projection_DF.shape:
+        return None
+    distance = np.linalg.norm(own_DF.astype(np.float64) - projection_DF) / np.linalg.norm(projection_DF)
+    return SharedSpace(projection_DF) if distance < SAME_PROJECTION else None
 
 
 def embed_source(names: Sequence[str], config: TextConfig) -> SourceText:

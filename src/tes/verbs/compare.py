@@ -29,6 +29,7 @@ from tes.run import Run, exclusive, refuse_out_among_images
 from tes.run_writer import Shared, write_thumbnails
 from tes.settle import check_needs, settle
 from tes.text.encoder import open_encoder
+from tes.text.vocabulary import SharedSpace
 
 OWN_KEYS = ("objective", "start", "seed", "out", "data.shots", "data.fraction", "refit", "checkpoint")
 """Settings that a comparison varies itself, or that have no place in one, or change no result."""
@@ -267,6 +268,8 @@ def _plan(
         wanted = [] if start == "probe" else [start]
         if start in PRIOR_STARTS:
             wanted = ["probe+prior", "probe+lookup", "probe+permuted"] + ([start] if start == "prior" else [])
+            if isinstance(loaded.source_text(settings.config(arms[0], kept[0], seeds[0]).text), SharedSpace):
+                wanted.remove("probe+lookup")  # a CLIP has no source classes to copy from
         added += [arm for name in wanted if (arm := f"{BASELINE}+{name}") not in arms and arm not in added]
     starts |= {arm: _start(settings, loaded, arm, kept[0], seeds[0]) for arm in added}
     everyone = (*arms, *added)

@@ -17,6 +17,7 @@ from tes.engine.solve import HeadProblem, Prior
 from tes.loaded import Loaded
 from tes.objectives import objectives
 from tes.settle import settle
+from tes.text.vocabulary import NearestSource
 
 MAX_IMAGES = 2000
 MAX_SHOTS = 4
@@ -63,9 +64,7 @@ def _zero_shot(config: Config, loaded: Loaded) -> dict[str, Any]:
     head = HeadProblem(config.optim.head_penalty, prior).without_labels(features(drawn)).head
     labels = dataset.labels[drawn]
     is_right = head.logits(features(drawn)).argmax(dim=1).numpy() == labels
-    nearest = loaded.nearest()
-    assert nearest is not None
-    known = np.array([source.known for source in nearest])
+    nearest = loaded.nearest()  # None: a CLIP, which has no source classes
     num_classes, chance = dataset.num_classes, 1 / dataset.num_classes
     accuracy_C = np.array([is_right[labels == c].mean() if (labels == c).any() else np.nan for c in range(num_classes)])
     accuracy = float(np.nanmean(accuracy_C))
@@ -74,17 +73,23 @@ def _zero_shot(config: Config, loaded: Loaded) -> dict[str, Any]:
         "num_images": len(drawn),
         "mean_per_class": accuracy,
         "chance": chance,
-        "num_known_names": int(known.sum()),
-        "known_names": _mean(accuracy_C[known]),
-        "other_names": _mean(accuracy_C[~known]),
+        **_known_apart(accuracy_C, nearest),
         "trust": trust,
         "trust_of_permuted_names": permuted,
         "nearest": [
             {"class": info.label, "source": source.name, "cosine": source.cosine, "known": source.known}
-            for info, source in zip(dataset.classes, nearest)
+            for info, source in zip(dataset.classes, nearest or ())
         ],
     }
     return result | {"sentences": _sentences(result)}
+
+
+def _known_apart(accuracy_C: np.ndarray, nearest: list[NearestSource] | None) -> dict[str, Any]:
+    if nearest is None:
+        return {"num_known_names": None, "known_names": None, "other_names": None}
+    known = np.array([source.known for source in nearest])
+    apart = {"known_names": _mean(accuracy_C[known]), "other_names": _mean(accuracy_C[~known])}
+    return {"num_known_names": int(known.sum()), **apart}
 
 
 def _learned_trust(
@@ -114,9 +119,10 @@ def _sentences(zero_shot: dict[str, Any]) -> list[str]:
         for key, name in (("known_names", "names that the backbone knows"), ("other_names", "the others"))
         if zero_shot[key] is not None
     ]
+    apart = "; " + ", ".join(parts) if parts else ""
     lines = [
         f"Without a single labelled image, the names alone classify {accuracy:.1%} of {zero_shot['num_images']} images"
-        f" outside test (mean per class; chance {chance:.1%}; {', '.join(parts)}). Trust learned from up to"
+        f" outside test (mean per class; chance {chance:.1%}{apart}). Trust learned from up to"
         f" {MAX_SHOTS} images a class: {zero_shot['trust']:.2f}; with the names permuted:"
         f" {zero_shot['trust_of_permuted_names']:.2f}."
     ]
