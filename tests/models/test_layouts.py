@@ -234,6 +234,30 @@ def test_a_clip_tower_whose_pooled_feature_is_another_has_no_projection(tmp_path
     assert load(CLIP_RESNET | {"name": "resnet50_clip_gap"}, path, 64).projection_DF is None
 
 
+def test_an_architecture_without_a_place_for_a_part_of_the_network_is_refused(tmp_path):
+    path = save(mae(source(VIT)), tmp_path / "w.pth")
+    with pytest.raises(
+        ModelError, match=r"like MAE, and `vit_tiny_patch16_224` has no place for 12 tensors.*blocks\.1\."
+    ):
+        load(VIT | {"kwargs": VIT["kwargs"] | {"depth": 1}}, path)
+
+
+def test_a_network_whose_own_part_is_called_backbone_is_taken_as_it_is(tmp_path):
+    class Own(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.backbone, self.head = nn.Conv2d(3, 5, 3), nn.Linear(5, 2)
+
+        def forward(self, x):
+            return self.backbone(x).mean((2, 3))
+
+    network, other_one = Own(), Own()
+    config = BackboneConfig(name="mine", checkpoint=str(save(network.state_dict(), tmp_path / "w.pth")))
+    backbone = load_backbone(config, ImageConfig(size=32), network=other_one)
+    found, expected = both(backbone.eval(), network)
+    assert torch.allclose(found, expected, atol=1e-5) and backbone.source_head.weight_SF.shape == (2, 5)
+
+
 def test_clip_weights_in_a_network_with_another_activation_are_refused_where_that_is_known(tmp_path, clips):
     path = save(clips["quick"].state_dict(), tmp_path / "w.pt")
     assert any("do not say whether they need QuickGELU" in note for note in load(CLIP_VIT, path).notes)

@@ -41,6 +41,23 @@ def test_training_goes_on_from_the_runs_backbone_and_image_settings(run, resnet,
     assert torch.equal(again["backbone.conv1.weight"], trained["backbone.conv1.weight"])
 
 
+def test_an_own_network_goes_on_from_a_run_of_it(photos, tmp_path):
+    class Own(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv = torch.nn.Conv2d(3, 6, 3, stride=4)
+
+        def forward(self, x):
+            return self.conv(x).mean((2, 3))
+
+    flags = {"data.source": str(photos), "objective": "ce", "train": "head", "image.size": 32, "backbone.name": "own"}
+    first = Own()
+    run = tes.train(load_config(flags=flags | {"out": str(tmp_path / "run")}), network=first)
+    config = load_config(flags=flags | {"backbone.checkpoint": str(run.path)})
+    backbone = load_backbone(config.backbone, config.image, network=Own())
+    assert torch.equal(backbone.network.conv.weight, first.conv.weight)
+
+
 def test_another_backbone_is_refused_with_the_flags_that_suit(run, resnet, photos):
     config = settings(run, resnet, photos, **{"backbone.name": "lite0", "backbone.kwargs": {}})
     with pytest.raises(ModelError, match=r"trained from `resnet18`, not from `lite0`: add --backbone resnet18 --set"):

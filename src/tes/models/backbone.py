@@ -241,7 +241,13 @@ def _from_checkpoint(
     checkpoint = open_checkpoint(path, network, what, config.name)
     notes = [*checkpoint.notes, *check_activation(path, network, checkpoint, config.name)]
     head, rest = _head_of(checkpoint, "head" if path.is_dir() else classifier, config)
-    notes += _no_place(what, load_strictly(network, rest, what))
+    unused = load_strictly(network, rest, what)
+    if unused and checkpoint.layout.is_whole:
+        raise ModelError(
+            f"{what} is laid out like {checkpoint.layout.name}, and `{config.name}` has no place for {len(unused)}"
+            f" tensors of its network: {listing(unused, 3)}; name the architecture that they are of."
+        )
+    notes += _no_place(what, unused)
     implied = [checkpoint.layout.implied]
     last = [*known, *implied] if trust_last else [*implied, *known]
     settings, origin = image_settings.resolve(images, [*built_for, *image_settings.beside_weights(path), *last])
@@ -300,6 +306,10 @@ def _own_module(config: BackboneConfig, images: ImageConfig, network: nn.Module 
         path, what = user_path(config.checkpoint), f"The checkpoint `{config.checkpoint}`"
         checkpoint = open_checkpoint(path, network, what, config.name if ":" in config.name else None)
         weights = checkpoint.tensors
+        if path.is_dir():  # the run's own classifier, which the network has no place for
+            weights = {
+                name: tensor for name, tensor in weights.items() if not name.startswith("head.") or head_name == "head"
+            }
         own_head = (f"{head_name}.weight", f"{head_name}.bias") if head_name else ()
         absent = tuple(name for name in own_head if name not in weights)
         unused = load_strictly(network, weights, what, may_lack=own_head)

@@ -62,12 +62,12 @@ def open_checkpoint(path: Path, network: nn.Module, what: str, name: str | None)
     if path.is_dir():
         if not any((path / name).is_file() for name in ("run.json", "config.yaml", "compare.json")):
             raise ModelError(f"{what} is a folder and no run of ours; name the weights file in it.")
-        return _of_a_run(Run.open(path), what, name)
+        return _of_a_run(Run.open(path), network, what, name)
     tensors, container = _read(path)
     notes = [f"{what} holds several networks; `{container}` is the one that is taken"] if container else []
     layout = recognise(tensors)
-    if layout.prefix and network.state_dict().keys() <= tensors.keys():
-        layout = PLAIN  # the network's own parts are called like that
+    if layout.prefix and any(own.startswith(layout.prefix) for own in network.state_dict()):
+        layout = PLAIN  # a part of the network itself is called like that
     kept, aside = layout.split(tensors)
     if layout is not PLAIN:
         notes.append(f"{what} is laid out like {layout.name}")
@@ -190,7 +190,7 @@ def _unwrapped(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return tensors
 
 
-def _of_a_run(run: Run, what: str, name: str | None) -> Checkpoint:
+def _of_a_run(run: Run, network: nn.Module, what: str, name: str | None) -> Checkpoint:
     recorded = run.settings.get("backbone")
     recorded = recorded if isinstance(recorded, dict) else {}
     if name is not None and recorded.get("name") != name:
@@ -201,10 +201,12 @@ def _of_a_run(run: Run, what: str, name: str | None) -> Checkpoint:
         )
     weights = run_weights(run)
     layout = Layout("a run of ours", prefix="backbone.")
-    tensors, _ = layout.split(weights)
+    kept, _ = layout.split(weights)
+    tensors = _converted(kept, network)
+    notes = [f"{what} is a run: training goes on from its backbone", _resized(kept, tensors)]
     if run.summary.get("default_head") == "vision":
         tensors |= {key: tensor for key, tensor in weights.items() if key in ("head.weight", "head.bias")}
-    return Checkpoint(tensors, layout, notes=(f"{what} is a run: training goes on from its backbone",))
+    return Checkpoint(tensors, layout, notes=tuple(note for note in notes if note))
 
 
 def _converted(tensors: dict[str, Tensor], network: nn.Module) -> dict[str, Tensor]:

@@ -51,6 +51,11 @@ class Layout:
     is_guess: bool = False
 
     @property
+    def is_whole(self) -> bool:
+        """Whether all that is kept belongs to the network: a tensor without a place is then another architecture's."""
+        return bool(self.images) and not self.is_guess
+
+    @property
     def implied(self) -> tuple[str, Mapping[str, Any]]:
         """The image settings that follow from the layout, after the sentence that says so."""
         return ("*assumed* of " if self.is_guess else "known of ") + self.name, self.images
