@@ -161,6 +161,11 @@ class ObjectiveConfig(Settings):
         """
 
 
+def _is_weight(value: Any) -> bool:
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    return is_number and 0 < value < float("inf")
+
+
 class OptimConfig(Settings):
     """The optimiser and its budget. `head_penalty` alone matters with `train: head`, which is solved, not stepped."""
 
@@ -195,10 +200,33 @@ class OptimConfig(Settings):
         description="decay of a moving average of all weights, which is what is scored and shipped, for example 0.999"
         " (less at first, see average.py); None: off",
     )
+    class_weights: str | dict[str, float] = Field(
+        "none",
+        description="of the images' losses: none, balanced (a class's weight is inverse to its size), or weights by"
+        " class name, as in {cat: 2.5}; only their ratios matter",
+    )
+    sampling: Literal["uniform", "balanced"] = Field(
+        "uniform", description="balanced: every class comes as often in an epoch, images of small ones more than once"
+    )
     freeze_norms: bool | None = Field(None, description="keep batch norms at their pre-trained statistics; None: yes")
+
+    @field_validator("class_weights", mode="plain")
+    @classmethod
+    def _weights(cls, value: Any) -> str | dict[str, float]:
+        if value in ("none", "balanced"):
+            return value
+        if isinstance(value, Mapping) and value and all(map(_is_weight, value.values())):
+            names = [str(name) for name in value if not isinstance(name, bool)]  # `no: 2` in YAML
+            if len(set(names)) == len(value):
+                return dict(zip(names, map(float, value.values())))
+        raise ValueError(
+            f"none, balanced, or a positive number for each class by name, as in {{cat: 2.5}} (got {value!r})"
+        )
 
     @model_validator(mode="after")
     def _consistent(self) -> OptimConfig:
+        if self.class_weights != "none" and self.sampling == "balanced":
+            raise ValueError("`class_weights` and `sampling: balanced` make up for the same thing twice; use one")
         if self.num_steps is not None and self.num_epochs is not None:
             raise ValueError("`num_steps` and `num_epochs` both set the budget; give one of them")
         if self.batch_size % self.accumulate:

@@ -26,6 +26,7 @@ from tes.data.classes_file import ClassInfo
 from tes.data.dataset import Dataset
 from tes.data.scan import scan
 from tes.data.source import Sample, Source, open_source
+from tes.engine.balance import class_weights
 from tes.engine.compute import Compute, resolve_device
 from tes.engine.features import FrozenFeatures
 from tes.engine.learner import Learner, one_hot
@@ -83,11 +84,14 @@ class Reopened:
             return self.start_features
         return FrozenFeatures(self.learner.backbone, self.dataset, self.learner.compute)
 
-    def solve_probe(self, features: FrozenFeatures, penalty: float) -> LinearHead:
+    def solve_probe(
+        self, features: FrozenFeatures, penalty: float, weights: str | Mapping[str, float] = "none"
+    ) -> LinearHead:
         """Return the head solved on features of the training images, one-hot labels, no prior (engine/solve.py)."""
-        labels_N = torch.from_numpy(self.dataset.labels[self.train_indices])
-        target_NC = one_hot(labels_N, self.dataset.num_classes)
-        return HeadProblem(penalty).solve(features(self.train_indices), target_NC).head
+        labels_N = self.dataset.labels[self.train_indices]
+        target_NC = one_hot(torch.from_numpy(labels_N), self.dataset.num_classes)
+        problem = HeadProblem(penalty, class_weight_C=class_weights(weights, self.dataset.classes, labels_N))
+        return problem.solve(features(self.train_indices), target_NC).head
 
     @cached_property
     def start_head(self) -> LinearHead:
@@ -111,7 +115,8 @@ class Reopened:
             return random_head(like.weight_CF.shape[1], len(like.bias_C), int(self.run.settings.get("seed", 0)))
         if start == "probe":
             console.note("this run keeps no start head: it is solved again on the training images")
-            return self.solve_probe(self.start_features, section(self.run, "optim", OptimConfig).head_penalty)
+            optim = section(self.run, "optim", OptimConfig)
+            return self.solve_probe(self.start_features, optim.head_penalty, optim.class_weights)
         raise RunError(
             f"`{self.run.path}` keeps no start head (cells of a comparison do not), and `start: {start}` cannot be"
             " solved again without its text; train the arm by itself with `tes train`."

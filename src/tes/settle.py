@@ -8,6 +8,7 @@ from typing import Any
 
 from tes.config import PRIOR_STARTS, Config, TextConfig
 from tes.data.dataset import Dataset
+from tes.engine.balance import class_weights
 from tes.engine.compute import Compute, resolve_device, resolve_workers
 from tes.engine.loader import steps_per_epoch
 from tes.errors import ConfigError
@@ -34,6 +35,7 @@ STEPPED = {
     "augment.cutmix": (0,),
     "optim.layer_decay": (None, 1),
     "optim.ema": (None,),
+    "optim.sampling": ("uniform",),
 }
 """Options of a training that takes steps, each with the values that switch it off: refused where a head is solved."""
 
@@ -168,6 +170,7 @@ def settle(
             reasons.append(
                 f"  optim.layer_decay: {num_layers} layers, the first one at a learning rate of {lowest:.2g}"
             )
+    class_weights(config.optim.class_weights, dataset.classes, dataset.labels)  # refuses names that no class has
     settled = config.replace(values)
     check_needs(settled, objective_class)
     return Settled(settled, Compute(device, precision, memory_format, num_workers), reasons)

@@ -59,6 +59,20 @@ def test_the_order_is_a_function_of_seed_and_epoch_and_costs_nothing_ahead():
     assert len(list(itertools.islice(order(indices, 2, 10**300, seed=0), 3))) == 3
 
 
+def test_balanced_epochs_show_every_class_as_often_and_its_images_in_turn():
+    labels = np.array([0] * 40 + [1] * 9 + [2] * 2)
+    indices = np.arange(51)
+    steps = list(order(indices, 10, 12, seed=0, labels=labels))
+    for epoch in (steps[:6], steps[6:]):
+        seen = [index for step in epoch for _, index in step][:51]
+        assert sorted(np.bincount(labels[seen])) == [17, 17, 17]
+        for label, (fewest, most) in {0: (0, 1), 1: (1, 2), 2: (8, 9)}.items():
+            times = [seen.count(index) for index in np.flatnonzero(labels == label)]
+            assert fewest <= min(times) and max(times) <= most
+    assert steps == list(order(indices, 10, 12, seed=0, labels=labels))
+    assert steps[:6] != [[(0, index) for _, index in step] for step in steps[6:]]
+
+
 def test_workers_and_a_start_in_the_middle_change_nothing(dataset):
     plain = batches(dataset)
     for other in (batches(dataset, num_workers=2), [*plain[:2], *batches(dataset, first_step=2)]):

@@ -51,6 +51,23 @@ def test_hard_targets_agree_with_scikit_learn():
     np.testing.assert_allclose(got, other.predict_proba(x), atol=2e-4)
 
 
+@pytest.mark.parametrize("scale", [1.0, 7.0])
+def test_class_weights_agree_with_scikit_learn_and_their_scale_does_not_matter(scale):
+    linear_model = pytest.importorskip("sklearn.linear_model")
+    features, _ = problem(80, 6, 3)
+    labels = np.repeat(np.arange(3), (60, 15, 5))
+    target = torch.nn.functional.one_hot(torch.from_numpy(labels), 3).double()
+    weights = 80 / (3 * np.array([60, 15, 5]))
+    weighted = HeadProblem(0.3, class_weight_C=torch.from_numpy(scale * weights))
+    head = weighted.solve(features, target).head
+    x = Standardizer.fit(features)(features).numpy()
+    other = linear_model.LogisticRegression(C=1 / 0.6, class_weight="balanced", tol=1e-10, max_iter=10000)
+    got = head.logits(features).double().softmax(dim=1).numpy()
+    np.testing.assert_allclose(got, other.fit(x, labels).predict_proba(x), atol=2e-4)
+    scaled = weighted.solve(features, target, target).head  # the best scale of the minimum is 1, by the same weights
+    assert torch.allclose(scaled.weight_CF, head.weight_CF, rtol=1e-2, atol=1e-3)
+
+
 def test_the_folded_head_gives_the_logits_of_the_unfolded_one():
     features, _ = problem(50, 10, 3)
     standardize = Standardizer.fit(features)

@@ -379,6 +379,27 @@ def test_every_objective_keeps_the_contract(name):
     assert all(head.shape == (B, C) for head in objective.heads(out).values())
 
 
+@pytest.mark.parametrize("name", objectives.names())
+def test_class_weights_multiply_each_examples_cross_entropies_by_its_labels_weight(name):
+    def losses(weight_C):
+        objective = make(name, text_rows()).double()
+        objective.class_weight_C = None if weight_C is None else torch.as_tensor(weight_C, dtype=torch.float64)
+        features, logits, target = (torch.from_numpy(part) for part in batch())
+        keys = features.flip(1) if "two_views" in objective.needs else None
+        return objective.losses(ModelOutput(features, logits, weights(), keys), target)
+
+    weight_C = np.linspace(0.5, 2, C)
+    plain, ones, weighted = losses(None), losses(np.ones(C)), losses(weight_C)
+    parts = [losses(row) for row in np.eye(C)]
+    cross_entropies = {"vision_loss", "text_loss", "source_loss"} & plain.keys()
+    assert cross_entropies
+    for loss in cross_entropies:
+        assert ones[loss].item() == pytest.approx(plain[loss].item())
+        expected = sum(weight * part[loss].item() for weight, part in zip(weight_C, parts))
+        assert weighted[loss].item() == pytest.approx(expected)
+        assert weighted[loss].item() != pytest.approx(plain[loss].item()) or plain[loss].item() == 0
+
+
 def test_an_unknown_objective_is_refused_with_the_nearest_name():
     with pytest.raises(ConfigError, match="Did you mean `tes`"):
         objectives.get("tess")

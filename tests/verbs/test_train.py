@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 
 import tes
@@ -347,6 +348,57 @@ def test_a_training_whose_images_vanish_stops_with_a_sentence(settings, photos, 
     shutil.rmtree(copy)
     with pytest.raises(DataError, match=r"can be read any more|more than the 3 that are tolerated"):
         run_job(config, loaded, folder)
+
+
+@pytest.fixture
+def uneven(photos, tmp_path):
+    """Two classes that look much alike, one ten times as large, and one apart."""
+    root = tmp_path / "uneven"
+    draw = np.random.default_rng(0)
+    for name, count, centre in (("many", 60, 120), ("few", 6, 128), ("other", 20, 220)):
+        (root / name).mkdir(parents=True)
+        for number in range(count):
+            pixels = (centre + draw.normal(0, 25) + draw.normal(0, 8, (32, 32, 3))).clip(0, 255).astype("uint8")
+            Image.fromarray(pixels).save(root / name / f"{number}.png")
+    return {"data__source": str(root), "objective": "ce"}
+
+
+STEPPED = {"train": "all", "start": "random", "optim__num_steps": 20, "optim__learning_rate": 0.02}
+
+
+@pytest.mark.parametrize("flags", [{}, pytest.param(STEPPED, marks=pytest.mark.slow)])
+def test_class_weights_make_a_small_class_count_whether_a_head_is_solved_or_all_is_stepped(
+    settings, uneven, tmp_path, flags
+):
+    said = []
+    for number, weights in enumerate(("none", "balanced", {"few": 1e3})):
+        out = str(tmp_path / str(number))
+        run = tes.train(settings(**uneven, **flags, optim__class_weights=weights, refit="none", out=out))
+        said.append(run.predictions("test").probabilities("vision")[:, 0].mean())  # of `few`
+        assert run.settings["optim"]["class_weights"] == weights
+    assert said == sorted(said) and len(set(said)) == 3
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        ({"optim__class_weights": "balance"}, r"`optim.class_weights`: none, balanced, or a positive number"),
+        ({"optim__class_weights": {"few": -1}}, "a positive number for each class"),
+        ({"optim__class_weights": {"few": True}}, "a positive number for each class"),
+        ({"optim__class_weights": {"flew": 2}}, "did you mean `few`"),
+        ({"optim__sampling": "balanced"}, "changes nothing with `train: head`"),
+        ({"optim__sampling": "balanced", "optim__class_weights": "balanced", "train": "all"}, "the same thing twice"),
+    ],
+)
+def test_weights_and_samplings_that_cannot_be_are_one_sentence(settings, uneven, tmp_path, flags, words):
+    with pytest.raises(ConfigError, match=words):
+        tes.train(settings(**uneven, **({"train": "head"} | flags)))
+    assert not (tmp_path / "run").exists()
+
+
+def test_balanced_sampling_trains(settings, uneven):
+    run = tes.train(settings(**uneven, train="all", optim__num_steps=3, optim__sampling="balanced"))
+    assert run.settings["optim"]["sampling"] == "balanced"
 
 
 def test_a_permuted_text_classifier_is_refused(settings, photos, texts):

@@ -16,6 +16,7 @@ from tes import console
 from tes.config import PRIOR_STARTS, Config
 from tes.data.dataset import Dataset
 from tes.engine import loop
+from tes.engine.balance import class_weights
 from tes.engine.checkpoint import Best, Checkpoint, Log, Weights
 from tes.engine.compute import seed_everything
 from tes.engine.features import FrozenFeatures
@@ -60,10 +61,10 @@ class Fitted:
     figures: dict[str, float] = field(default_factory=dict)
 
 
-def head_problem(config: Config, prior: Prior | None) -> HeadProblem:
+def head_problem(config: Config, prior: Prior | None, class_weight_C: Tensor | None = None) -> HeadProblem:
     """Return the convex problem that `start` names."""
     used = prior if config.start in PRIOR_STARTS else None
-    return HeadProblem(config.optim.head_penalty, used, corrects=config.start != "prior")
+    return HeadProblem(config.optim.head_penalty, used, config.start != "prior", class_weight_C)
 
 
 def fit(
@@ -93,7 +94,8 @@ def fit(
     dataset, compute = given.dataset, given.features.compute
     backbone = given.features.backbone
     num_classes, num_features = dataset.num_classes, backbone.num_features
-    problem = head_problem(config, given.prior)
+    class_weight_C = class_weights(config.optim.class_weights, dataset.classes, dataset.labels[indices])
+    problem = head_problem(config, given.prior, class_weight_C)
     if not len(indices):
         pool = given.features.readable(np.flatnonzero(dataset.splits != "test"))
         start = problem.without_labels(given.features(pool))
@@ -102,6 +104,7 @@ def fit(
         compute.place(learner)
         return Fitted(learner, start, start.trust_C)
     objective: Objective = objectives.get(config.objective.name)(config.objective)
+    objective.class_weight_C = class_weight_C
     features_NF = target_NC = None
     if config.start != "random" or "pretrained_features" in objective.needs:
         readable = given.features.readable(indices)
@@ -147,9 +150,9 @@ def fit(
 def _start_key(config: Config, indices: np.ndarray) -> str:
     """Return what a solved start depends on, among runs that share a store."""
     uses = (config.prior, config.text, config.seed) if config.start in PRIOR_STARTS else ()
-    return (
-        f"start {sha256_text(indices.tobytes().hex(), str(config.start), str(config.optim.head_penalty), repr(uses))}"
-    )
+    optim = config.optim
+    parts = (str(config.start), str(optim.head_penalty), repr(uses), repr(optim.class_weights))
+    return f"start {sha256_text(indices.tobytes().hex(), *parts)}"
 
 
 def _once(store: MutableMapping[str, Any], key: str, solve: Callable[[], Solution]) -> Solution:
@@ -214,6 +217,7 @@ def _step(
         seed=config.seed,
         first_step=checkpoint.step,
         two_views="two_views" in learner.objective.needs,
+        balanced=config.optim.sampling == "balanced",
     )
     batches = mixed(
         batches,

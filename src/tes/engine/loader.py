@@ -20,6 +20,7 @@ from torch.utils.data import DataLoader
 
 from tes.config import AugmentConfig
 from tes.data.dataset import Dataset, LostImageError
+from tes.engine.balance import balanced_epoch
 from tes.engine.compute import Compute
 from tes.models.image_settings import ImageSettings
 
@@ -109,6 +110,7 @@ def train_batches(
     seed: int,
     first_step: int = 0,
     two_views: bool = False,
+    balanced: bool = False,
 ) -> Iterator[Batch]:
     """Yield the augmented batches of steps `first_step` to `num_steps`; a second view leaves the first as it is.
 
@@ -118,12 +120,14 @@ def train_batches(
     reader = _Reader(
         dataset, train_transform(images, augment), seed, cache_side, num_views=2 if two_views else 1, pool=indices
     )
-    steps = order(indices, batch_size, num_steps, seed)
+    steps = order(indices, batch_size, num_steps, seed, dataset.labels if balanced else None)
     yield from _load(reader, itertools.islice(steps, first_step, None), compute)
 
 
-def order(indices: np.ndarray, batch_size: int, num_steps: int, seed: int) -> Iterator[list[tuple[int, int]]]:
-    """Yield for every step its (epoch, index) pairs.
+def order(
+    indices: np.ndarray, batch_size: int, num_steps: int, seed: int, labels: np.ndarray | None = None
+) -> Iterator[list[tuple[int, int]]]:
+    """Yield for every step its (epoch, index) pairs; with the data set's `labels`, every class comes as often.
 
     A batch holds min(batch_size, N) images; the last one of an epoch wraps round to the epoch's first images, since a
     batch of one breaks batch norm.
@@ -133,7 +137,8 @@ def order(indices: np.ndarray, batch_size: int, num_steps: int, seed: int) -> It
     for step in range(num_steps):
         epoch, place = divmod(step, per_epoch)
         if place == 0:
-            shuffled = np.random.default_rng((seed, epoch)).permutation(indices)
+            draw = np.random.default_rng((seed, epoch))
+            shuffled = draw.permutation(indices) if labels is None else balanced_epoch(indices, labels, draw)
             wrapped = np.resize(shuffled, per_epoch * size).reshape(per_epoch, size)
         yield [(epoch, int(index)) for index in wrapped[place]]
 

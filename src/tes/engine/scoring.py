@@ -8,6 +8,7 @@ import torch
 from tes.config import Config
 from tes.data.dataset import Dataset
 from tes.data.splits import find_units
+from tes.engine.balance import class_weights
 from tes.engine.features import FrozenFeatures, compute_features
 from tes.engine.fit import Given, head_problem
 from tes.engine.learner import Learner
@@ -46,6 +47,7 @@ def out_of_fold(config: Config, given: Given) -> Predictions:
     indices = given.features.readable(dataset.indices("train"))
     labels_N = torch.from_numpy(dataset.labels[indices])
     units_N = find_units([dataset.sha1s[index] for index in indices], [dataset.groups[index] for index in indices])
-    problem = head_problem(config, given.prior)
+    class_weight_C = class_weights(config.optim.class_weights, dataset.classes, labels_N.numpy())
+    problem = head_problem(config, given.prior, class_weight_C)
     logits_NC = out_of_fold_logits(problem, given.features(indices), labels_N, units_N, dataset.num_classes)
     return Predictions([dataset.paths[index] for index in indices], labels_N.numpy(), {"vision": logits_NC.numpy()})

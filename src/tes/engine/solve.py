@@ -10,7 +10,8 @@ trust α is learned together with the head:
 
 What trust costs does not fade with N as what corrections cost does: the more images, the larger the V that fits them,
 and a prior at a price that fades as well would be used to save on V whether it is right or not (LOG.md, 2026-11-25).
-The solution is folded into a plain linear layer on the pooled feature: W = 20 W̃ / r, b' = b - W μ.
+An image's CE may have a weight, by its class (balance.py). The solution is folded into a plain linear layer on the
+pooled feature: W = 20 W̃ / r, b' = b - W μ.
 
 A reference that is softer than the label also asks for smaller logits, and a solved head is not overconfident, as a
 stepped network is: it would come out too doubtful. So W̃, α and b are fitted to the reference, and then multiplied by
@@ -96,11 +97,13 @@ class HeadProblem:
         penalty: `optim.head_penalty`.
         prior: P and the form; None: a probe.
         corrects: Whether V is solved for; without it the images only set α and b.
+        class_weight_C: What an image's CE is multiplied by, by its label, brought to a mean of 1 over the images.
     """
 
     penalty: float
     prior: Prior | None = None
     corrects: bool = True
+    class_weight_C: Tensor | None = None
 
     def solve(
         self,
@@ -129,12 +132,13 @@ class HeadProblem:
         if self.prior is not None:
             prior_CF = self.prior.rows_CF.to(x_NF)
             evidence_NC = x_NF @ prior_CF.T
-        weight_CK, bias_C, trust_C, price = self._minimise(x_NK, evidence_NC, reference_NC, tolerance)
+        weight_N = self._weights(reference_NC if target_NC is None else target_NC.to(x_NF.dtype))
+        weight_CK, bias_C, trust_C, price = self._minimise(x_NK, evidence_NC, reference_NC, weight_N, tolerance)
         if target_NC is not None:
             logits_NC = torch.addmm(bias_C, x_NK, weight_CK.T)
             if evidence_NC is not None and trust_C is not None:
                 logits_NC += trust_C * evidence_NC
-            scale = best_scale(logits_NC, target_NC.to(x_NF.dtype), price)
+            scale = best_scale(logits_NC, target_NC.to(x_NF.dtype), price, weight_N)
             weight_CK, bias_C = scale * weight_CK, scale * bias_C
             trust_C = None if trust_C is None else scale * trust_C
         weight_CF = weight_CK @ basis_FK.T
@@ -157,8 +161,19 @@ class HeadProblem:
         head = standardize.fold(trust_C[:, None] * prior_CF, torch.zeros_like(trust_C))
         return Solution(head, trust_C.float().cpu())
 
+    def _weights(self, target_NC: Tensor) -> Tensor | None:
+        if self.class_weight_C is None:
+            return None
+        weight_N = target_NC @ self.class_weight_C.to(target_NC)
+        return weight_N / weight_N.mean()
+
     def _minimise(
-        self, x_NK: Tensor, evidence_NC: Tensor | None, reference_NC: Tensor, tolerance: float
+        self,
+        x_NK: Tensor,
+        evidence_NC: Tensor | None,
+        reference_NC: Tensor,
+        weight_N: Tensor | None,
+        tolerance: float,
     ) -> tuple[Tensor, Tensor, Tensor | None, float]:
         """Return V in the images' coordinates, b, α, and what V and α cost.
 
@@ -201,7 +216,7 @@ class HeadProblem:
             alpha_C = trust()
             if alpha_C is not None and evidence_NC is not None:
                 logits_NC = logits_NC + alpha_C * evidence_NC
-            fit = -(reference_NC * logits_NC.log_softmax(dim=1)).sum(dim=1).mean()
+            fit = _mean_cross_entropy(logits_NC, reference_NC, weight_N)
             loss = fit + shrink * sum(parameter.square().sum() for parameter in penalised)
             loss.backward()
             return loss
@@ -213,20 +228,25 @@ class HeadProblem:
         return weight_CK.detach(), bias_C.detach(), None if alpha_C is None else alpha_C.detach().clone(), price
 
 
-def best_scale(logits_NC: Tensor, target_NC: Tensor, price: float) -> float:
+def _mean_cross_entropy(logits_NC: Tensor, reference_NC: Tensor, weight_N: Tensor | None) -> Tensor:
+    loss_N = -(reference_NC * logits_NC.log_softmax(dim=1)).sum(dim=1)
+    return loss_N.mean() if weight_N is None else (weight_N * loss_N).mean()
+
+
+def best_scale(logits_NC: Tensor, target_NC: Tensor, price: float, weight_N: Tensor | None = None) -> float:
     """Return s > 0 with the lowest CE(s · logits, target) + s² · price, a convex problem in one unknown.
 
     Args:
         logits_NC: Of a solved problem, bias included.
         target_NC: One-hot labels.
         price: What the head that made the logits pays for its weights.
+        weight_N: Multiplies the images' CE.
     """
     from scipy.optimize import minimize_scalar
 
     def loss(log_scale: float) -> float:
         scale = math.exp(log_scale)
-        log_probs_NC = (scale * logits_NC).log_softmax(dim=1)
-        return -(target_NC * log_probs_NC).sum(dim=1).mean().item() + scale**2 * price
+        return _mean_cross_entropy(scale * logits_NC, target_NC, weight_N).item() + scale**2 * price
 
     return math.exp(minimize_scalar(loss, bounds=(-3, 3), method="bounded", options={"xatol": 1e-6}).x)
 

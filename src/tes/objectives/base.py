@@ -75,6 +75,14 @@ class Objective(nn.Module):
     def __init__(self, config: ObjectiveConfig) -> None:
         super().__init__()
         self.config = config
+        self.register_buffer("class_weight_C", None, persistent=False)
+
+    class_weight_C: Tensor | None
+    """What an example's losses are multiplied by, by its class (`optim.class_weights`); None: nothing."""
+
+    def example_weights(self, target_BC: Tensor) -> Tensor | None:
+        """Return what each example's losses are multiplied by (B,): the weight of its class, or mixture of classes."""
+        return None if self.class_weight_C is None else target_BC @ self.class_weight_C.to(target_BC)
 
     def setup(self, context: ObjectiveContext) -> None:
         """Build the objective's own parameters; called once, before training."""
@@ -96,7 +104,8 @@ class Objective(nn.Module):
 
         The targets are one-hot, or, where images are mixed, soft.
         """
-        return {"vision_loss": soft_cross_entropy(out.logits_BC, self.reference(out, target_BC))}
+        reference_BC, weight_B = self.reference(out, target_BC), self.example_weights(target_BC)
+        return {"vision_loss": soft_cross_entropy(out.logits_BC, reference_BC, weight_B)}
 
     def after_step(self) -> None:
         """Follow up on a step of the optimiser, once per batch; called without a gradient."""
@@ -106,9 +115,10 @@ class Objective(nn.Module):
         return {"vision": out.logits_BC}
 
 
-def soft_cross_entropy(logits_BC: Tensor, reference_BC: Tensor) -> Tensor:
-    """Return the mean over the batch of -sum_c reference_c log softmax(logits)_c, computed in float32 or wider."""
-    return -(reference_BC * F.log_softmax(widened(logits_BC), dim=1)).sum(dim=1).mean()
+def soft_cross_entropy(logits_BC: Tensor, reference_BC: Tensor, weight_B: Tensor | None = None) -> Tensor:
+    """Return the mean over the batch of -w sum_c reference_c log softmax(logits)_c, in float32 or wider; w is 1."""
+    loss_B = -(reference_BC * F.log_softmax(widened(logits_BC), dim=1)).sum(dim=1)
+    return loss_B.mean() if weight_B is None else (weight_B * loss_B).mean()
 
 
 def widened(x: Tensor) -> Tensor:

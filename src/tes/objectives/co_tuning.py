@@ -93,7 +93,8 @@ class CoTuning(Objective):
         return figures
 
     def losses(self, out: ModelOutput, target_BC: Tensor) -> dict[str, Tensor]:
-        source_loss = soft_cross_entropy(self._source_logits(out.features_BF), target_BC @ self.relationship_CS)
+        source_BS, weight_B = target_BC @ self.relationship_CS, self.example_weights(target_BC)
+        source_loss = soft_cross_entropy(self._source_logits(out.features_BF), source_BS, weight_B)
         return super().losses(out, target_BC) | {"source_loss": self.config.source_loss_weight * source_loss}
 
     def _source_logits(self, features_NF: Tensor) -> Tensor:

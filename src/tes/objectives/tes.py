@@ -105,10 +105,10 @@ class TextSupervised(TextObjective):
         return super().warm_start(features_NF, target_NC)
 
     def losses(self, out: ModelOutput, target_BC: Tensor) -> dict[str, Tensor]:
-        t_BC = self.text_head(out.features_BF)
+        t_BC, weight_B = self.text_head(out.features_BF), self.example_weights(target_BC)
         return {
-            "vision_loss": soft_cross_entropy(out.logits_BC, self._soften(target_BC, t_BC)),
-            "text_loss": self.config.text_loss_weight * soft_cross_entropy(t_BC, target_BC),
+            "vision_loss": soft_cross_entropy(out.logits_BC, self._soften(target_BC, t_BC), weight_B),
+            "text_loss": self.config.text_loss_weight * soft_cross_entropy(t_BC, target_BC, weight_B),
         }
 
     def reference(self, out: ModelOutput, target_BC: Tensor) -> Tensor:

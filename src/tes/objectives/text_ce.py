@@ -29,7 +29,8 @@ class TextCrossEntropy(TextObjective):
     )
 
     def losses(self, out: ModelOutput, target_BC: Tensor) -> dict[str, Tensor]:
-        return {"text_loss": soft_cross_entropy(self.text_head(out.features_BF), target_BC)}
+        t_BC = self.text_head(out.features_BF)
+        return {"text_loss": soft_cross_entropy(t_BC, target_BC, self.example_weights(target_BC))}
 
     def heads(self, out: ModelOutput) -> dict[str, Tensor]:
         return {"text": self.text_head(out.features_BF)}

@@ -84,8 +84,11 @@ def fit_text_head(
     fit_steps: int,
     fit_penalty: float,
     seed: int,
+    weight_N: Tensor | None = None,
 ) -> TextHead:
     """Return a head whose h minimises CE(t, y) on features that do not move, in eval mode, on their device.
+
+    `weight_N` multiplies the images' losses.
 
     All images at once, for a fixed number of steps: it is not convex. The loss does not see the scale of h's weights
     (batch norm and normalize remove it), so a penalty in the loss would only shrink them; as decoupled decay it sets
@@ -97,7 +100,7 @@ def fit_text_head(
     head.train()
     with torch.enable_grad():
         for _ in range(fit_steps):
-            loss = soft_cross_entropy(head(features_NF), target_NC)
+            loss = soft_cross_entropy(head(features_NF), target_NC, weight_N)
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
             optimizer.step()

@@ -63,9 +63,11 @@ class TextObjective(Objective):
             "fit_penalty": self.config.fit_penalty,
             "seed": self.seed,
         }
-        key = f"text_head {content_hash(features_NF, target_NC, self.rows_CD, settings=settings)}"
+        weight_N = self.example_weights(target_NC)
+        weighted = () if weight_N is None else (weight_N,)
+        key = f"text_head {content_hash(features_NF, target_NC, self.rows_CD, *weighted, settings=settings)}"
         if key not in self.store:
-            head = fit_text_head(features_NF, target_NC, self.rows_CD, **settings)
+            head = fit_text_head(features_NF, target_NC, self.rows_CD, weight_N=weight_N, **settings)
             self.store[key] = {name: tensor.cpu() for name, tensor in head.state_dict().items()}
         head = TextHead(features_NF.shape[1], self.rows_CD, self.config.temperature, self.seed)
         head.load_state_dict(self.store[key])

@@ -65,7 +65,8 @@ def check(config: Config, *, out: str | Path | None = None) -> dict[str, Any]:
     if counts[largest] >= IMBALANCE * counts[smallest]:
         warnings.append(
             f"imbalance: `{dataset.classes[largest].label}` has {counts[largest]} images,"
-            f" `{dataset.classes[smallest].label}` {counts[smallest]}; look at the mean per class, not at top-1"
+            f" `{dataset.classes[smallest].label}` {counts[smallest]}; look at the mean per class, not at"
+            " top-1; optim.class_weights=balanced makes up for it in training, with --train all optim.sampling=balanced"
         )
     duplicates = data.find_duplicates(dataset)
     if duplicates:
