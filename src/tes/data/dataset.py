@@ -18,6 +18,8 @@ from tes.data.names import NameIndex
 from tes.data.scan import scan
 from tes.data.source import Sample, Source, counted, open_source
 from tes.data.splits import carve, draw_fraction, draw_shots
+from tes.data.task import load_task, task_names
+from tes.data.task_source import TaskClasses
 from tes.errors import DataError, listing
 from tes.files import user_path
 
@@ -197,12 +199,15 @@ def draw(dataset: Dataset, config: DataConfig, seed: int) -> Dataset:
 
 
 def load_classes(config: DataConfig) -> tuple[list[ClassInfo], Source]:
-    """Return the classes of a source with their texts, and the source; no image is read.
+    """Return the classes of a source with their texts, and the source. No image is read; a task's need not be there.
 
     Raises:
         DataError: As `load` does, as far as classes go.
     """
-    source = open_source(config.source, config.root, config.partial)
+    if config.source in task_names():
+        source: Source = TaskClasses(load_task(config.source))
+    else:
+        source = open_source(config.source)
     return _samples_and_classes(source, config)[1], source
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from tes.data.layouts import READERS
 from tes.data.layouts.base import Listing, damaged
-from tes.data.source import LocalSource, Sample
+from tes.data.source import LocalSource, Sample, Source
 from tes.data.task import Folder, Task, data_root, load_task, split_checksum
 from tes.errors import DataError, listing
 
@@ -61,6 +61,23 @@ class TaskSource(LocalSource):
     def locate(self, sample: Sample) -> Path:
         """Return the file that holds the image."""
         return self.packed.locate(sample.path) if self.packed else super().locate(sample)
+
+
+class TaskClasses(Source):
+    """A task's classes, a sample each, for those who look at no image: the data need not be there."""
+
+    def __init__(self, task: Task) -> None:
+        self.name, self.class_names, self.aliases = task.name, task.classes, task.also
+        self.templates, self.ensemble = (task.templates.single,), task.templates.ensemble
+        self.samples = [Sample(label, label) for label in task.labels]
+
+    def read(self, sample: Sample) -> bytes:
+        """There is no image.
+
+        Raises:
+            OSError: Always.
+        """
+        raise FileNotFoundError(sample.path)
 
 
 def open_task(name: str, root: str | None = None, partial: bool = False) -> TaskSource:
