@@ -331,7 +331,7 @@ def test_the_variant_of_flowers_with_6552_images_is_refused_by_its_counts(lists)
 def test_a_download_that_is_not_complete_is_refused_with_what_is_missing(lists):
     folder = lists("flowers102")
     assert "of `flowers102`, 8189 are not in" in refusal(lambda: open_task("flowers102", str(folder)))
-    assert "No training image of `flowers102`" in refusal(lambda: open_task("flowers102", str(folder), partial=True))
+    assert "No image of `flowers102`" in refusal(lambda: open_task("flowers102", str(folder), partial=True))
 
 
 # On miniatures
@@ -401,9 +401,11 @@ def test_a_class_left_without_a_training_image_is_left_out_and_named(tmp_path):
     root = build("pets", tmp_path)
     for number in (1, 2):
         (root / f"oxford-iiit-pet/images/Abyssinian_{number}.jpg").unlink()
-    source = open_task("pets", str(root), partial=True)
-    assert "Left out, for want of a training image: `Abyssinian`." in source.notes
-    assert list(source.class_names) == ["american_bulldog", "yorkshire_terrier"]
+    dataset = data.open_dataset(DataConfig(source="pets", root=str(root), partial=True))
+    assert "Left out the class `Abyssinian`, of which no training image is here." in dataset.notes
+    assert [info.label for info in dataset.classes] == ["american_bulldog", "yorkshire_terrier"]
+    everything = data.load_labelled("pets", [*dataset.classes, data.ClassInfo("x", "abyssinian")], str(root), True)
+    assert len(everything.paths) == 7  # to be scored on, no class needs a training image
 
 
 def test_images_that_the_official_list_lacks_are_refused_in_caltech(tmp_path):
@@ -468,6 +470,25 @@ def test_a_task_s_name_is_the_task_unless_it_is_written_as_a_path(photos, tmp_pa
     assert "Did you mean `flowers102`?" in refusal(lambda: data.open_source("flowers"))
 
 
+def test_without_a_checksum_classes_are_counted_and_the_lists_called_unverified(tmp_path):
+    folder = build("dtd", tmp_path) / "dtd"
+    task = load_task("dtd").model_copy(update={"splits": {"train": 6, "val": 3, "test": 3}})
+    message = refusal(lambda: TaskSource(task, task.sources[0], folder, partial=False))
+    assert "has 3 classes instead of 47" in message
+    source = TaskSource(task, task.sources[0], folder, partial=True)
+    assert [note for note in source.notes if note.startswith("Its lists are unverified: ")]
+
+
+def test_the_names_of_stanford_cars_must_be_in_the_official_order(tmp_path):
+    root, labels = build("cars", tmp_path), load_task("cars").labels
+    for names in (labels, labels[::-1]):
+        rows = np.array([names], dtype=object)
+        scipy.io.savemat(root / "stanford_cars/devkit/cars_meta.mat", {"class_names": rows})
+        if names is labels:
+            assert open_task("cars", str(root), partial=True).coverage == (9, 16185)
+    assert "in another order" in refusal(lambda: open_task("cars", str(root), partial=True))
+
+
 # CIFAR's batches
 
 
@@ -511,6 +532,12 @@ def test_the_binary_version_holds_the_same_images(name, label_bytes, tmp_path, m
     binary = open_task(name, str(tmp_path), partial=True)
     assert binary.samples == python.samples
     assert [binary.read(sample) for sample in binary.samples] == [python.read(sample) for sample in python.samples]
+    names = folder / {"cifar10": "batches.meta.txt", "cifar100": "fine_label_names.txt"}[name]
+    names.write_text("\n".join(load_task(name).labels) + "\n\n")
+    assert open_task(name, str(tmp_path), partial=True).samples == python.samples
+    names.write_text("\n".join(reversed(load_task(name).labels)))
+    assert "in another order" in refusal(lambda: open_task(name, str(tmp_path), partial=True))
+    names.unlink()
     (folder / f"{batch}.bin").write_bytes(content[:-1])
     assert "is not a whole number of images" in refusal(lambda: open_task(name, str(tmp_path), partial=True))
 

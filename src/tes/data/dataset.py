@@ -278,6 +278,11 @@ def _samples_and_classes(source: Source, config: DataConfig) -> tuple[list[Sampl
         num_classes, labels = len(labels), _chosen(config.only_classes, labels)
         samples = [sample for sample in samples if sample.label in labels]
         notes.append(f"Kept {len(labels)} of {num_classes} classes, as `only_classes` says.")
+    if source.coverage is not None:
+        trained = {sample.label for sample in samples if sample.split == "train"}
+        if untrained := sorted(labels - trained):
+            samples, labels = [sample for sample in samples if sample.label in trained], trained
+            notes.append(f"Left out {_classes(untrained)}, of which no training image is here.")
     if len(labels) < 2:
         only = f"only `{next(iter(labels))}`" if labels else "none"
         raise DataError(f"`{config.source}` must have at least two classes to tell apart, but there is {only}.")

@@ -42,9 +42,9 @@ class TaskSource(LocalSource):
         present = listed.samples if self.packed else _on_disk(folder, listed.samples)
         if not partial:
             _require_all(task, folder, listed.samples, present)
-        self.samples = _with_classes_to_learn(present, self.notes)
+        self.samples = present
         if not self.samples:
-            raise DataError(f"No training image of `{task.name}` is in `{folder}`; {how_to_get(task)}.")
+            raise DataError(f"No image of `{task.name}` is in `{folder}`; {how_to_get(task)}.")
         found = Counter(sample.split for sample in self.samples)
         labels = {sample.label for sample in self.samples}
         self.class_names = {label: name for label, name in task.classes.items() if label in labels}
@@ -141,11 +141,13 @@ def _verify(task: Task, folder: Path, listed: Listing, partial: bool) -> list[st
         for split, number in task.splits.items()
         if (sizes[split] > number if partial else sizes[split] != number)
     ]
-    if wrong and num_classes < task.num_classes:
+    # With the right counts, it is for the checksum to tell; without one, classes are counted all the same.
+    uncertain = task.unverified or not listed.has_official_paths
+    if num_classes < task.num_classes and (wrong or (uncertain and not partial)):
         wrong.append(f"{num_classes} classes instead of {task.num_classes}")
     if wrong:
         advice = again if partial else f"{again}, or accept a part of them with --partial"
-        raise DataError(f"`{task.name}` in `{folder}` lists {', '.join(wrong)}; {advice}.")
+        raise DataError(f"`{task.name}` in `{folder}` has {', '.join(wrong)}; {advice}.")
     if not listed.has_official_paths:
         return [
             "A copy: classes and counts are the official ones, which image is in which split could not be verified."
@@ -193,14 +195,6 @@ def _require_all(task: Task, folder: Path, listed: Sequence[Sample], present: Se
         f"Of the {len(listed)} images of `{task.name}`, {len(gone)} are not in `{folder}`: {listing(gone, 3)}; complete"
         f" the download from {task.home}, or take what is there with --partial."
     )
-
-
-def _with_classes_to_learn(samples: list[Sample], notes: list[str]) -> list[Sample]:
-    trained = {sample.label for sample in samples if sample.split == "train"}
-    untrained = sorted({sample.label for sample in samples} - trained)
-    if untrained:
-        notes.append(f"Left out, for want of a training image: {listing([f'`{label}`' for label in untrained])}.")
-    return [sample for sample in samples if sample.label in trained]
 
 
 def _md5(file: Path) -> str:

@@ -103,7 +103,7 @@ def _check_names(folder: Path, task: Task) -> None:
         name, names = lines.name, lines.read_text(encoding="utf-8", errors="replace").split()
     else:
         return
-    if names != list(task.classes):
+    if tuple(names) != task.labels:
         raise damaged(folder / name, task, "has other classes than the official ones, or in another order")
 
 

@@ -33,7 +33,7 @@ def cars(folder: Path, task: Task) -> Listing:
     """
     samples = []
     for split, name in (("train", "cars_train_annos.mat"), ("test", "cars_test_annos_withlabels.mat")):
-        file = next((place / name for place in (folder / "devkit", folder) if (place / name).is_file()), None)
+        file = _in_devkit(folder, name)
         if file is None:
             raise missing(folder / name, task)
         annotations = np.atleast_1d(_load(file, task, {"annotations"})["annotations"])
@@ -45,12 +45,16 @@ def cars(folder: Path, task: Task) -> Listing:
             Sample(f"cars_{split}/{image}", class_at(number, task, f"`{file}`, image {image}"), split)
             for image, number in rows
         ]
-    meta = next((place / "cars_meta.mat" for place in (folder / "devkit", folder)), folder)
-    if meta.is_file():
+    meta = _in_devkit(folder, "cars_meta.mat")
+    if meta is not None:
         names = np.atleast_1d(_load(meta, task, {"class_names"})["class_names"])
-        if [str(name) for name in names] != list(task.classes):
+        if tuple(map(str, names)) != task.labels:
             raise damaged(meta, task, "has other classes than the official ones, or in another order")
     return Listing(samples)
+
+
+def _in_devkit(folder: Path, name: str) -> Path | None:
+    return next((place / name for place in (folder / "devkit", folder) if (place / name).is_file()), None)
 
 
 def _load(file: Path, task: Task, keys: set[str]) -> dict[str, Any]:
