@@ -31,9 +31,9 @@ from tes.statistics import Paired, paired
 
 FORMAT = 1
 COLUMNS = (
-    "task", "dataset", "metric", "backbone", "text", "shots", "arm", "protocol", "num_seeds", "percent", "percent_low",
-    "percent_high", "difference_points", "difference_low", "difference_high", "published_percent", "state", "reason",
-    "comparison",
+    "task", "dataset", "metric", "backbone", "text", "shots", "arm", "is_added", "protocol", "num_seeds", "percent",
+    "percent_low", "percent_high", "difference_points", "difference_low", "difference_high", "published_percent",
+    "state", "reason", "comparison",
 )  # fmt: skip
 PUBLISHED_KEY = ("task", "backbone", "text", "arm")
 STATES = {"done": "", "waiting": "not run yet", "skipped": "no data", "failed": "failed"}
@@ -105,6 +105,13 @@ class Benchmark:
         for one in combinations:
             if one.state not in STATES or Path(one.folder).is_absolute() or ".." in Path(one.folder).parts:
                 raise RunError(f"`{file}` is damaged: `{one.folder}` is no comparison of it.")
+        # A comparison that was removed, or begun again and left unfinished, is one to run.
+        combinations = [
+            dataclasses.replace(one, state="waiting")
+            if one.state == "done" and not (folder / one.folder / "summary.json").is_file()
+            else one
+            for one in combinations
+        ]
         return Benchmark(folder, arms, combinations, {tuple(key): value for *key, value in published})
 
     def put(self, combination: Combination) -> None:
@@ -144,11 +151,15 @@ class Benchmark:
 
 @dataclass(frozen=True)
 class Row:
-    """A figure: of one arm, in one combination, at one number of shots; or why there is none."""
+    """A figure: of one arm, in one combination, at one number of shots; or why there is none.
+
+    `is_added` marks the arms that tell what a gain is owed to; `figure` and `against` are as in summary.json.
+    """
 
     combination: Combination
     shots: str
     arm: str
+    is_added: bool = False
     dataset: str = ""
     metric: str = ""
     protocol: str = ""
@@ -163,7 +174,8 @@ def rows(benchmark: Benchmark) -> list[Row]:
     for one in benchmark.combinations:
         summary = benchmark.summary(one)
         for shots in summary["shots"] if summary else [""]:
-            for arm in benchmark.arms:
+            added = [arm for arm in summary["arms"] if arm not in benchmark.arms] if summary else []
+            for arm in (*benchmark.arms, *added):
                 published = benchmark.published.get((*one.key, arm))
                 if summary is None:
                     found.append(Row(one, shots, arm, published=published))
@@ -172,12 +184,10 @@ def rows(benchmark: Benchmark) -> list[Row]:
                 if entry is None:  # asked for later, and not run here yet
                     found.append(Row(dataclasses.replace(one, state="waiting"), shots, arm, published=published))
                     continue
-                found.append(
-                    Row(
-                        one, shots, arm, summary["dataset"], metric, summary["protocol"],
-                        entry["figures"][shots][metric], (entry.get("by_shots") or {}).get(shots), published,
-                    )
-                )  # fmt: skip
+                about = {"dataset": summary["dataset"], "metric": metric, "protocol": summary["protocol"]}
+                figure, against = entry["figures"][shots][metric], (entry.get("by_shots") or {}).get(shots)
+                found.append(Row(one, shots, arm, arm in added, **about, figure=figure, against=against,
+                                 published=published))  # fmt: skip
     return found
 
 
@@ -199,6 +209,7 @@ class Line:
     text: str
     shots: str
     arm: str
+    is_added: bool
     by_task: Mapping[str, Row]
     average: float | None
     difference: Paired | None
@@ -212,14 +223,14 @@ def lines(found: Sequence[Row]) -> list[Line]:
     """
     scored = {row.combination.task for row in found if row.figure is not None}
     shots = list(dict.fromkeys(row.shots for row in found if row.shots)) or [""]
-    groups: dict[tuple[str, str, str, str], dict[str, Row]] = {}
+    groups: dict[tuple[str, str, str, str, bool], dict[str, Row]] = {}
     for row in found:
         one = row.combination
         for at in [row.shots] if row.shots else shots:  # what has no figure has none at any number of shots
-            groups.setdefault((one.backbone, one.text, at, row.arm), {})[one.task] = row
+            groups.setdefault((one.backbone, one.text, at, row.arm, row.is_added), {})[one.task] = row
     made = []
     order = list(dict.fromkeys(key[:3] for key in groups))
-    for key in sorted(groups, key=lambda key: order.index(key[:3])):
+    for key in sorted(groups, key=lambda key: (order.index(key[:3]), key[4])):
         by_task = groups[key]
         figures = [by_task[task].figure if task in by_task else None for task in scored]
         whole = [figure["mean"] for figure in figures if figure is not None]
@@ -265,6 +276,7 @@ def to_csv(found: Sequence[Row]) -> str:
             "text": one.text,
             "shots": row.shots,
             "arm": row.arm,
+            "is_added": int(row.is_added),
             "protocol": row.protocol,
             "num_seeds": figure.get("num"),
             "percent": _hundred(figure.get("mean")),
@@ -346,6 +358,12 @@ def missing(benchmark: Benchmark) -> list[str]:
     return list(said)
 
 
+def legend(found: Sequence[Row]) -> list[str]:
+    """Return what the marks in the table mean."""
+    starred = any(row.is_added for row in found)
+    return ["* added, to tell what a gain is owed to: the rest of it is the objective's.", ""] if starred else []
+
+
 def headings(found: Sequence[Row]) -> list[str]:
     """Return the column headings of the paper-shaped table."""
     with_shots = len({row.shots for row in found if row.shots}) > 1
@@ -357,13 +375,17 @@ def headings(found: Sequence[Row]) -> list[str]:
 def cells(found: Sequence[Row]) -> list[list[str]]:
     """Return the paper-shaped table's cells, under `headings`."""
     with_shots = len({row.shots for row in found if row.shots}) > 1
-    table = []
+    named, table = tasks(found), []
     for line in lines(found):
-        figures = [_figure(line.by_task.get(task)) for task in tasks(found)]
+        figures = [_figure(line.by_task.get(task)) for task in named]
         average = "–" if line.average is None else f"{100 * line.average:.1f}"
-        start = [line.backbone, line.text, *([line.shots] if with_shots else []), line.arm]
+        start = [line.backbone, line.text, *([line.shots] if with_shots else []), _arm(line)]
         table.append([*start, *figures, average, difference(line.difference)])
     return table
+
+
+def _arm(shown: Row | Line) -> str:
+    return shown.arm + (" *" if shown.is_added else "")
 
 
 def _figure(row: Row | None) -> str:
@@ -376,41 +398,30 @@ def difference(against: Paired | Mapping[str, Any] | None) -> str:
     """Write a difference to `ce` in points with its interval."""
     if against is None:
         return "–"
-    mean, low, high = (against[name] if isinstance(against, Mapping) else getattr(against, name)
-                       for name in ("mean", "low", "high"))  # fmt: skip
+    parts = against if isinstance(against, Mapping) else vars(against)
+    mean, low, high = (parts[name] for name in ("mean", "low", "high"))
     return f"{100 * mean:+.2f}" + ("" if low is None else f" ({100 * low:+.2f} to {100 * high:+.2f})")
 
 
-DETAILS = (
-    "task",
-    "backbone",
-    "text",
-    "shots",
-    "arm",
-    "ours",
-    f"against {BASELINE} (95 %)",
-    "published",
-    "ours − published",
-)
+DETAILS = ("task", "backbone", "text", "shots", "arm", "ours", f"against {BASELINE} (95 %)", "published", "apart")
 
 
 def details(found: Sequence[Row]) -> list[list[str]]:
     """Return every figure beside its published one, under `DETAILS`; an empty column is for the user to fill."""
-    table = []
+    named, table = tasks(found), []
     for row in found:
-        one = row.combination
-        ours = _figure(row)
-        published = "" if row.published is None else f"{row.published:g}"
-        both = row.published is not None and row.figure is not None
-        apart = f"{100 * row.figure['mean'] - row.published:+.1f}" if both and row.figure and row.published else ""
-        table.append([tasks(found)[one.task], one.backbone, one.text, row.shots, row.arm, ours,
-                      difference(row.against), published, apart])  # fmt: skip
+        one, published, apart = row.combination, "", ""
+        if row.published is not None:
+            published = f"{row.published:g}"
+            apart = "" if row.figure is None else f"{100 * row.figure['mean'] - row.published:+.1f}"
+        names = [named[one.task], one.backbone, one.text, row.shots, _arm(row)]
+        table.append([*names, _figure(row), difference(row.against), published, apart])
     return table
 
 
 def to_markdown(benchmark: Benchmark, found: Sequence[Row]) -> str:
     """Return benchmark.md."""
-    parts = ["# Benchmark", "", caption(found), "", *_markdown(headings(found), cells(found)), ""]
+    parts = ["# Benchmark", "", caption(found), "", *_markdown(headings(found), cells(found)), "", *legend(found)]
     if gaps := missing(benchmark):
         parts += ["## What is missing", "", *(f"- {' '.join(line.split())}" for line in gaps), ""]
     parts += [
@@ -425,8 +436,10 @@ def to_markdown(benchmark: Benchmark, found: Sequence[Row]) -> str:
 
 
 def _markdown(columns: Sequence[str], table: Iterable[Sequence[str]]) -> list[str]:
-    named = [f"| {' | '.join(map(plain, columns))} |", "|---" * len(columns) + "|"]
-    return named + [f"| {' | '.join(map(plain, row))} |" for row in table]
+    # Names are a stranger's; the figures behind the arm are ours.
+    num_names = columns.index("arm") + 1
+    head = [f"| {' | '.join(map(plain, columns))} |", "|---" * len(columns) + "|"]
+    return head + [f"| {' | '.join([*map(plain, row[:num_names]), *row[num_names:]])} |" for row in table]
 
 
 def render(benchmark: Benchmark) -> str:
@@ -435,4 +448,4 @@ def render(benchmark: Benchmark) -> str:
     columns, table = headings(found), cells(found)
     widths = [max(len(row[place]) for row in [columns, *table]) for place in range(len(columns))]
     shown = ["  ".join(f"{cell:<{width}}" for cell, width in zip(row, widths)).rstrip() for row in [columns, *table]]
-    return "\n".join([caption(found), "", *shown, "", *missing(benchmark)])
+    return "\n".join([caption(found), "", *shown, "", *legend(found), *missing(benchmark)])

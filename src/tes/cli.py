@@ -549,7 +549,7 @@ def benchmark(
     protocol: Protocol = "val",
     controls: Annotated[
         bool, typer.Option("--controls/--no-controls", help="Add the arms that tell what a gain is owed to.")
-    ] = False,
+    ] = True,
     train: Annotated[
         str | None, typer.Option(help="head (solved in seconds), last-N (layers) or all; default: all on a GPU.")
     ] = None,

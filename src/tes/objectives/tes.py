@@ -61,7 +61,7 @@ class TextSupervisedConfig(TextObjectiveConfig):
         if train == "head":
             # A solved head is not overconfident: more softening costs calibration (LOG.md, 2026-11-25).
             return {"text_target_weight": (0.05, "a solved head is well calibrated already")}
-        return {"text_target_weight": (0.2, "all weights are trained")}
+        return {"text_target_weight": (0.2, "the backbone is trained")}
 
     def check(self, start: str | None, train: str) -> None:
         if self.train_projection:

@@ -18,7 +18,7 @@ def benchmark_page(made: Benchmark) -> str:
     done = sum(one.state == "done" for one in made.combinations)
 
     def figures() -> dict[str, Any]:
-        return {"table": Table("Figures, %", labels, room.cells(found), words)}
+        return {"table": Table("Figures, %", labels, room.cells(found), words), "legend": room.legend(found)[:1]}
 
     def details() -> dict[str, Any]:
         table = Table("Each figure, %", room.DETAILS, room.details(found), frozenset(range(5)), sortable=True)

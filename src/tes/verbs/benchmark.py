@@ -43,7 +43,7 @@ def benchmark(
     first_seed: int = 0,
     num_trials: int = 1,
     protocol: str = "val",
-    controls: bool = False,
+    controls: bool = True,
     published: str | None = None,
 ) -> Benchmark:
     """Compare arms on every task, with every backbone and every text encoder, and write one table over all.
@@ -63,7 +63,7 @@ def benchmark(
         first_seed: From which one on.
         num_trials: Of the search in each comparison.
         protocol: `val`, or `paper`.
-        controls: Add the arms that tell what a gain is owed to.
+        controls: Add the arms that tell what a gain is owed to, where an arm starts from more than a probe.
         published: A CSV with published figures; see `read_published`.
 
     Raises:
