@@ -67,7 +67,9 @@ Text = Annotated[
     typer.Option("--text", help="minilm, bert:ID, clip:ID, st:ID, openclip:ID, file:PATH (ID: Hub name or folder)."),
 ]
 BackboneName = Annotated[str | None, typer.Option(help="lite0, a timm name, or package.module:factory.")]
-Checkpoint = Annotated[str | None, typer.Option(metavar="FILE", help="Local weights (.safetensors, .pth).")]
+Checkpoint = Annotated[
+    str | None, typer.Option(metavar="FILE", help="Local weights (.safetensors, .pth), or a run folder.")
+]
 Shots = Annotated[str | None, typer.Option(metavar="K", help="Training images per class, drawn by --seed; or `all`.")]
 Fraction = Annotated[float | None, typer.Option(help="Share of each class's training images, in place of --shots.")]
 Size = Annotated[int | None, typer.Option(help="Side of the images in pixels.")]

@@ -60,7 +60,9 @@ def test_an_own_network_goes_on_from_a_run_of_it(photos, tmp_path):
 
 def test_another_backbone_is_refused_with_the_flags_that_suit(run, resnet, photos):
     config = settings(run, resnet, photos, **{"backbone.name": "lite0", "backbone.kwargs": {}})
-    with pytest.raises(ModelError, match=r"trained from `resnet18`, not from `lite0`: add --backbone resnet18 --set"):
+    with pytest.raises(
+        ModelError, match=r"trained from `resnet18`, not from `lite0`: add --backbone resnet18 --set [^ ]+='\{\"chan"
+    ):
         load_backbone(config.backbone, config.image)
 
 
@@ -86,3 +88,21 @@ def test_a_folder_that_is_no_finished_run_is_one_sentence(run, resnet, photos, t
     config = settings(run, resnet, photos, **{"backbone.checkpoint": str(folder)})
     with pytest.raises(TesError, match=r"no run of ours|did not finish"):
         load_backbone(config.backbone, config.image)
+
+
+@pytest.mark.slow
+def test_the_real_moco_checkpoint_trains_at_64_px(shared, tmp_path):
+    flags = {
+        "data.source": str(shared / "data" / "caltech101"),
+        "data.only_classes": ("airplanes", "Motorbikes", "sunflower"),
+        "data.shots": 8,
+        "objective": "ce",
+        "train": "all",
+        "image.size": 64,
+        "optim.num_steps": 5,
+        "backbone.name": "resnet18",
+        "backbone.kwargs": {"channels": [32, 64, 128, 256], "stem_width": 32},
+        "backbone.checkpoint": str(shared / "weights" / "resnet18_half.tinyimagenet.mocov2.pth"),
+        "out": str(tmp_path / "run"),
+    }
+    assert tes.train(load_config(flags=flags)).metrics["test"]["vision"]["mean_per_class"] > 0.6

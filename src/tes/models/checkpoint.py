@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import pickle
 import sys
 import warnings
@@ -194,7 +195,7 @@ def _of_a_run(run: Run, network: nn.Module, what: str, name: str | None) -> Chec
     recorded = run.settings.get("backbone")
     recorded = recorded if isinstance(recorded, dict) else {}
     if name is not None and recorded.get("name") != name:
-        kwargs = f" --set backbone.kwargs='{recorded['kwargs']}'" if recorded.get("kwargs") else ""
+        kwargs = f" --set backbone.kwargs='{json.dumps(recorded['kwargs'])}'" if recorded.get("kwargs") else ""
         raise ModelError(
             f"The run `{run.path}` was trained from `{recorded.get('name')}`, not from `{name}`: add --backbone"
             f" {recorded.get('name')}{kwargs}."
