@@ -188,3 +188,14 @@ def test_an_evaluation_leaves_a_lost_image_out_and_shifts_no_row(losing):
     for index in test[:1]:
         take_away(losing, index)
     assert list(eval_batches(losing, test[:2], IMAGES, compute())) == []
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_a_data_set_that_has_vanished_is_one_sentence(photos, tmp_path, num_workers):
+    gone = shutil.copytree(photos, tmp_path / "gone")
+    dataset = data.load(DataConfig(source=str(gone)))
+    gone.rename(tmp_path / "elsewhere")
+    with pytest.raises(DataError) as said:
+        batches(dataset, num_workers)
+    assert "cannot be read" in str(said.value) or "can be read any more" in str(said.value)
+    assert "no such file or directory" in str(said.value) and "\n" not in str(said.value)

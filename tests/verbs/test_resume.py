@@ -309,6 +309,70 @@ def test_signals_wait_for_the_step_and_a_second_one_does_not():
     assert signal.getsignal(signal.SIGTERM) == before
 
 
+RUINED = """
+import os, pathlib, sys, torch
+from tes.cli import main
+
+class Net(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer, self.calls = torch.nn.Conv2d(3, 4, 3, stride=8), 0
+    def forward(self, x):
+        self.calls += self.training
+        if self.calls == 5 and sys.argv[-1] == "fill":
+            with open("small/filler", "wb", buffering=0) as filler:
+                try:
+                    while True:
+                        filler.write(bytes(512))
+                except OSError:
+                    pass
+        return self.layer(x).mean((2, 3))
+
+def make():
+    torch.manual_seed(0)
+    return Net()
+
+def run(*more):
+    sys.argv = ["tes", "train", PHOTOS, "--backbone", "own:make", "--train", "all", "--objective", "ce", "--size", "32",
+                "--device", "cpu", "--set", "optim.num_steps=9", "--set", "checkpoint.every_minutes=1e-6", *more]
+    try:
+        main()
+    except SystemExit as left:
+        print("exit", left.code, flush=True)
+
+def script():
+    run("--out", "whole")
+    run("--out", "small/run", "--config", "fill")
+    print(sorted(os.listdir("small/run/state")))
+    os.remove("small/filler")
+    run("--out", "small/run", "--resume")
+    for name in ("model.safetensors", "metrics.jsonl"):
+        print(pathlib.Path("whole", name).read_bytes() == pathlib.Path("small/run", name).read_bytes())
+    run("--out", "fixed/run")
+"""
+
+
+@pytest.mark.slow
+def test_a_full_disk_and_a_read_only_folder_are_one_sentence_and_cost_nothing(photos, tmp_path):
+    """A small disk that is full in the fifth step, and a folder that the system lets nobody write, not even root."""
+    (tmp_path / "own.py").write_text(RUINED.replace("PHOTOS", repr(str(photos))))
+    for name in ("small", "fixed"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "fill").write_text("{}")
+    mounts = "mount -t tmpfs -o size=1m tmpfs small && mount --bind fixed fixed && mount -o remount,ro,bind fixed"
+    can = subprocess.run(["unshare", "-rm", "sh", "-c", mounts], cwd=tmp_path, capture_output=True, text=True)
+    if can.returncode:
+        pytest.skip(f"this system does not let us mount a small disk: {can.stderr.strip()}")
+    command = f"{mounts} && exec {shlex.quote(sys.executable)} -c 'import own; own.script()'"
+    done = subprocess.run(["unshare", "-rm", "sh", "-c", command], cwd=tmp_path, capture_output=True, text=True)
+    lines = [line for line in done.stdout.splitlines() if line.startswith(("exit", "[", "True", "False"))]
+    assert lines == ["exit 0", "exit 2", "['begun.json', 'trial-0.safetensors']", "exit 0", "True", "True", "exit 2"]
+    errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert "`small/run/state/trial-0.safetensors` cannot be written: " in errors[0] and "after step 4 is" in errors[0]
+    assert "No space left on device" in errors[0] and "going on after step 4 of 9" in done.stderr
+    assert errors[1:] == ["error: The run folder `fixed/run` cannot be made: Read-only file system."]
+
+
 @pytest.mark.slow
 def test_trainings_that_are_killed_at_random_moments_end_with_equal_bytes():
     script = Path(__file__).parents[2] / "benchmarks" / "kill_and_resume.py"

@@ -178,7 +178,7 @@ class Checkpoint:
                 save_file(tensors, temporary, {"training": json.dumps(header)})
         except (OSError, SafetensorError) as problem:
             why = getattr(problem, "strerror", None) or problem
-            kept = f"; what was saved after step {self.step} is as it was" if self.step else ""
+            kept = f"; what was saved after step {self.step} is as it was, to go on from" if self.step else ""
             raise RunError(f"The training's state `{self.path}` cannot be written: {why}{kept}.") from None
         self.step, self.is_finished = step, is_finished
         self._saved_at = time.monotonic()

@@ -22,6 +22,7 @@ from tes.config import AugmentConfig
 from tes.data.dataset import Dataset, LostImageError
 from tes.engine.balance import balanced_epoch
 from tes.engine.compute import Compute
+from tes.errors import DataError
 from tes.models.image_settings import ImageSettings
 
 CACHE_BYTES = 2 * 2**30
@@ -233,11 +234,14 @@ def _load(reader: _Reader, batches: Iterable[list[tuple[int, int]]], compute: Co
         pin_memory=compute.device == "cuda",
         generator=torch.Generator().manual_seed(0),
     )
-    for batch, lost in loader:
-        for index, reason in lost:
-            reader.dataset.lose(index, reason)
-        if batch is not None:
-            yield batch
+    try:
+        for batch, lost in loader:
+            for index, reason in lost:
+                reader.dataset.lose(index, reason)
+            if batch is not None:
+                yield batch
+    except DataError as problem:  # a worker's comes with the worker's traceback before the sentence
+        raise DataError(str(problem).rpartition(f"{DataError.__name__}: ")[2].strip()) from None
 
 
 def _collate(samples: list[_Read]) -> tuple[Batch | None, list[tuple[int, str]]]:
