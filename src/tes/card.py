@@ -27,9 +27,10 @@ def model_card(classes: list[ClassInfo], summary: dict[str, Any], seed: int, cit
     lines = [
         f"# {plain(summary['data'])}: {len(classes)} classes",
         "",
-        f"An image classifier fine-tuned with [tes](https://arxiv.org/abs/2304.01489), arm `{summary['arm']}` from the"
-        f" start `{summary['start']}`; backbone `{plain(summary['backbone']['name'])}`, {trained} trained. It needs no"
-        f" text at inference; it answers with its `{summary['default_head']}` head.",
+        "An image classifier fine-tuned with [tes](https://arxiv.org/abs/2304.01489), arm"
+        f" `{_code(summary['arm'])}` from the start `{_code(summary['start'])}`; backbone"
+        f" `{_code(summary['backbone']['name'])}`, {trained} trained. It needs no text at inference; it answers with its"
+        f" `{_code(summary['default_head'])}` head.",
         "",
         f"Classes: {shown}.",
         "",
@@ -39,7 +40,9 @@ def model_card(classes: list[ClassInfo], summary: dict[str, Any], seed: int, cit
         f" {seed}. The metric of this data: {METRICS[summary['primary_metric']]}. {chosen}",
     ]
     if refit != "none":
-        lines.append(f"The shipped weights were trained once more on {refit}; the figures are those before this refit.")
+        lines.append(
+            f"The shipped weights were trained once more on {_code(refit)}; the figures are those before this refit."
+        )
     if "averaged" in summary:
         alpha = summary["averaged"]["alpha"]
         lines.append(f"These weights are {alpha:g} of the run's and {1 - alpha:g} of its start's, chosen on val.")
@@ -68,6 +71,11 @@ def trained_part(train: str) -> str:
     num_last = train.removeprefix("last-")
     layers = "the last layer" if num_last == "1" else f"the last {num_last} layers"
     return {"head": "the head alone", "all": "all weights"}.get(train, f"{layers} and the head")
+
+
+def _code(text: str) -> str:
+    """Keep a word that stands between backticks from ending them."""
+    return re.sub(r"[^\w@+.:/-]+", "", str(text))
 
 
 def plain(text: str) -> str:

@@ -6,7 +6,6 @@ import json
 import pickle
 import sys
 import warnings
-import zipfile
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -108,8 +107,10 @@ def _read(path: Path) -> tuple[dict[str, Tensor], str | None]:
 
         try:
             return _unwrapped(load_file(path)), None
-        except (SafetensorError, OSError) as problem:
-            raise ModelError(f"The checkpoint `{path}` is not a readable safetensors file: {problem}.") from None
+        except (SafetensorError, OSError, ValueError, KeyError, TypeError, RuntimeError) as problem:
+            raise ModelError(
+                f"The checkpoint `{path}` is not a readable safetensors file: {_one_line(problem)}."
+            ) from None
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of TorchScript archives, which are refused below
@@ -129,7 +130,7 @@ def _read(path: Path) -> tuple[dict[str, Tensor], str | None]:
             ' python -c "import torch; from safetensors.torch import save_file;'
             f" save_file({{k: v.contiguous() for k, v in {items}}}, '{out}')\"."
         ) from None
-    except (EOFError, OSError, ValueError, KeyError, zipfile.BadZipFile) as problem:
+    except Exception as problem:  # PyTorch's unpickler raises nearly anything on damaged files
         raise ModelError(f"The checkpoint `{path}` is damaged or no PyTorch file: {_one_line(problem)}.") from None
     return _unwrap(content, path)
 
