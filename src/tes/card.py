@@ -29,8 +29,8 @@ def model_card(classes: list[ClassInfo], summary: dict[str, Any], seed: int, cit
         "",
         "An image classifier fine-tuned with [tes](https://arxiv.org/abs/2304.01489), arm"
         f" `{_code(summary['arm'])}` from the start `{_code(summary['start'])}`; backbone"
-        f" `{_code(summary['backbone']['name'])}`, {trained} trained. It needs no text at inference; it answers with its"
-        f" `{_code(summary['default_head'])}` head.",
+        f" `{_code(summary['backbone']['name'])}`, {trained} trained. It needs no text at inference; it answers with"
+        f" its `{_code(summary['default_head'])}` head.",
         "",
         f"Classes: {shown}.",
         "",

@@ -74,12 +74,12 @@ def _evaluate(predictions: Predictions, head: str, coarse: Sequence[str | None] 
     labels, num_classes = predictions.labels, predictions.num_classes
     log_p_NC = predictions.log_probabilities(head)
     predicted = log_p_NC.argmax(axis=1)
-    confusion_CC = confusion_matrix(labels, predicted, num_classes)
+    counts = ClassCounts.of(labels, predicted, num_classes)
     metrics = {
         "top1": float((predicted == labels).mean()),
         "top5": top_k_accuracy(log_p_NC, labels, 5) if num_classes >= 5 else None,
-        "mean_per_class": mean_per_class(confusion_CC),
-        "macro_f1": macro_f1(confusion_CC),
+        "mean_per_class": counts.mean_per_class(),
+        "macro_f1": counts.macro_f1(),
         "nll": negative_log_likelihood(log_p_NC, labels),
         "ece": expected_calibration_error(np.exp(log_p_NC), labels),
     }
@@ -104,39 +104,39 @@ def top_k_accuracy(scores_NC: np.ndarray, labels: np.ndarray, k: int) -> float:
     return float((num_ahead < k).mean())
 
 
-def confusion_matrix(labels: np.ndarray, predicted: np.ndarray, num_classes: int) -> np.ndarray:
-    """Count images by class and prediction.
+@dataclass(frozen=True)
+class ClassCounts:
+    """Of each class (C,): its images, those that were predicted as it, and those of them that are its own.
 
-    Args:
-        labels: (n,) int64, the true classes.
-        predicted: (n,) int64.
-        num_classes: C.
-
-    Returns:
-        (C, C) int64, [true class, predicted class].
+    The margins and the diagonal of the confusion matrix, which for 10,000 classes would take 800 MB.
     """
-    cells = np.bincount(labels * num_classes + predicted, minlength=num_classes**2)
-    return cells.reshape(num_classes, num_classes)
 
+    num_samples: np.ndarray
+    num_predicted: np.ndarray
+    num_right: np.ndarray
 
-def mean_per_class(confusion_CC: np.ndarray) -> float:
-    """Return the mean over classes of each class's accuracy; classes without images are left out.
+    @staticmethod
+    def of(labels: np.ndarray, predicted: np.ndarray, num_classes: int) -> ClassCounts:
+        """Count by true classes (n,) and predicted ones (n,)."""
+        parts = (labels, predicted, labels[labels == predicted])
+        return ClassCounts(*(np.bincount(part, minlength=num_classes) for part in parts))
 
-    Equals scikit-learn's `balanced_accuracy_score`.
-    """
-    num_samples = confusion_CC.sum(axis=1)
-    is_present = num_samples > 0
-    return float((confusion_CC.diagonal()[is_present] / num_samples[is_present]).mean())
+    def mean_per_class(self) -> float:
+        """Return the mean over classes of each class's accuracy; classes without images are left out.
 
+        Equals scikit-learn's `balanced_accuracy_score`.
+        """
+        is_present = self.num_samples > 0
+        return float((self.num_right[is_present] / self.num_samples[is_present]).mean())
 
-def macro_f1(confusion_CC: np.ndarray) -> float:
-    """Return the mean of F1 = 2 TP / (2 TP + FP + FN) over the classes that occur as a label or as a prediction.
+    def macro_f1(self) -> float:
+        """Return the mean of F1 = 2 TP / (2 TP + FP + FN) over the classes that occur as a label or as a prediction.
 
-    Equals scikit-learn's `f1_score(average="macro", zero_division=0)`.
-    """
-    occurrences = confusion_CC.sum(axis=1) + confusion_CC.sum(axis=0)
-    occurs = occurrences > 0
-    return float((2 * confusion_CC.diagonal()[occurs] / occurrences[occurs]).mean())
+        Equals scikit-learn's `f1_score(average="macro", zero_division=0)`.
+        """
+        occurrences = self.num_samples + self.num_predicted
+        occurs = occurrences > 0
+        return float((2 * self.num_right[occurs] / occurrences[occurs]).mean())
 
 
 def negative_log_likelihood(log_p_NC: np.ndarray, labels: np.ndarray) -> float:
@@ -223,14 +223,14 @@ def per_class_table(
     num_classes = predictions.num_classes
     assert len(classes) == num_classes, f"{len(classes)} classes for {num_classes} columns of logits"
     predicted = predictions.log_probabilities(head).argmax(axis=1)
-    confusion_CC = confusion_matrix(predictions.labels, predicted, num_classes)
-    mistakes_CC = confusion_CC - np.diag(confusion_CC.diagonal())
+    counts = ClassCounts.of(predictions.labels, predicted, num_classes)
     rows = []
     for index, named in enumerate(classes):
-        num_right = int(confusion_CC[index, index])
-        num_samples, num_predicted = int(confusion_CC[index].sum()), int(confusion_CC[:, index].sum())
-        other = int(mistakes_CC[index].argmax())
-        num_confused = int(mistakes_CC[index, other])
+        num_right, num_samples = int(counts.num_right[index]), int(counts.num_samples[index])
+        num_predicted = int(counts.num_predicted[index])
+        mistaken_for = np.bincount(predicted[(predictions.labels == index) & (predicted != index)], minlength=1)
+        other = int(mistaken_for.argmax())
+        num_confused = int(mistaken_for[other])
         rows.append(
             {
                 "label": named.label,

@@ -22,7 +22,7 @@ from tes.dot_plot import dot_plot
 from tes.engine.solve import LinearHead
 from tes.errors import RunError, TesError
 from tes.files import user_path, write_atomic, write_json
-from tes.metrics import confusion_matrix, mean_per_class
+from tes.metrics import ClassCounts
 from tes.reopen import Reopened, data_flags, reopen, saved_classes, saved_rows, section
 from tes.run import Run
 
@@ -266,7 +266,7 @@ def _expected(accuracy: float | None, other: float | None, num_classes: int) -> 
 
 
 def _mean_per_class(truth_n: np.ndarray, predicted_n: np.ndarray, num_classes: int) -> float | None:
-    return mean_per_class(confusion_matrix(truth_n, predicted_n, num_classes)) if len(truth_n) else None
+    return ClassCounts.of(truth_n, predicted_n, num_classes).mean_per_class() if len(truth_n) else None
 
 
 def _names(runs: Sequence[Run]) -> list[str]:
