@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
-import pytest
+import contextlib
 
+import pytest
+import yaml
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tes.catalogue import available
 from tes.config import load_config
 from tes.errors import ConfigError
 
@@ -126,3 +132,30 @@ def test_a_config_file_cannot_make_python_objects(tmp_path):
 def test_yaml_that_cannot_be_is_one_sentence(text):
     with pytest.raises(ConfigError):
         load_config(flags={"data.source": "x"}, assignments=[text])
+
+
+KEYS = sorted(line.split(" = ")[0] for line in available("settings") if "[" not in line.split(" = ")[0])
+ANYTHING = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
+    lambda below: st.lists(below, max_size=3) | st.dictionaries(st.text(max_size=5), below, max_size=3),
+    max_leaves=6,
+)
+
+
+@given(st.dictionaries(st.sampled_from(KEYS), ANYTHING, max_size=4))
+@settings(max_examples=60, deadline=None)
+def test_any_value_of_any_setting_is_taken_or_refused_with_its_key_and_what_is_taken_reads_back(values):
+    try:
+        config = load_config(flags={"data.source": "x", "objective": "tes"} | values)
+    except ConfigError as problem:
+        assert "`" in str(problem)
+        return
+    assert config.replace({}) == config
+    assert type(config).model_validate(yaml.safe_load(config.to_yaml()) | {"objective": config.objective}) == config
+
+
+@given(st.sampled_from(KEYS), st.text(max_size=30))
+@settings(max_examples=60, deadline=None)
+def test_any_text_after_set_is_a_value_or_one_sentence(key, text):
+    with contextlib.suppress(ConfigError):
+        load_config(flags={"data.source": "x"}, assignments=[f"{key}={text}"])

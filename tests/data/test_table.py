@@ -132,3 +132,13 @@ def test_a_missing_table_is_refused_with_the_nearest_name(tmp_path):
 def test_several_labels_are_refused_where_no_row_has_one_alone(table):
     with pytest.raises(DataError, match=r"line 2: the label `cat\|dog` looks like several labels"):
         table("path,label\na.png,cat|dog\nb.png,dog|bird\n")
+
+
+def test_labels_that_disagree_with_class_folders_are_noted_and_count(table):
+    rows = [f"{label}/{number}.jpg,{label}" for label in ("cat", "Golden-Retriever") for number in range(3)]
+    source = table("\n".join(["path,label", *rows, "photos/cat/9.jpg,golden_retriever", "x/1.jpg,cat"]))
+    assert next(sample.label for sample in source.samples if sample.path.endswith("9.jpg")) == "golden_retriever"
+    (note,) = source.notes
+    assert note.startswith("1 label of") and "photos/cat/9.jpg is `golden_retriever`" in note
+    other = [f"{folder}/{number}.jpg,{label}" for folder, label in (("a", "b"), ("b", "a")) for number in range(3)]
+    assert table("\n".join(["path,label", *other])).notes == []  # folders that are no classes

@@ -14,6 +14,7 @@ from typing import Any
 
 import yaml
 
+from tes.config import NOT_YAML
 from tes.data.names import NameIndex, readable_name
 from tes.data.source import no_such_path
 from tes.errors import DataError, listing
@@ -207,10 +208,10 @@ def _parse_yaml(path: Path, text: str) -> Any:
     Loader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, mapping)
     try:
         return yaml.load(text, Loader)
-    except yaml.YAMLError as problem:
-        raise DataError(f"`{path}` is not valid YAML: {' '.join(str(problem).split())}.") from None
     except RecursionError:
         raise DataError(f"`{path}` is nested too deeply for a classes file.") from None
+    except NOT_YAML as problem:
+        raise DataError(f"`{path}` is not valid YAML: {' '.join(str(problem).split())}.") from None
 
 
 def _parse_csv(path: Path, text: str) -> dict[str, dict[str, Any]]:

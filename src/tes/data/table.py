@@ -9,6 +9,7 @@ import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from tes.data.names import match_key
 from tes.data.source import SPLIT_WORDS, LocalSource, Sample, counted, no_such_path
 from tes.errors import DataError, did_you_mean, listing
 from tes.files import user_path
@@ -56,6 +57,7 @@ class TableSource(LocalSource):
         _check_one_label_a_cell(path, lines)
         self._check_splits(lines)
         self.samples = sorted(samples.values(), key=lambda sample: sample.path)
+        self._note_other_folders()
         if repeated:
             self.notes.append(f"Ignored {counted(repeated, 'repeated row')} of `{path.name}`.")
 
@@ -96,6 +98,20 @@ class TableSource(LocalSource):
         path = posixpath.normpath(path.replace("\\", "/"))
         root = self.root.absolute()
         return Path(path).relative_to(root).as_posix() if Path(path).is_relative_to(root) else path
+
+    def _note_other_folders(self) -> None:
+        """Say where labels disagree with the class folders that the images lie in, if the folders are the classes."""
+        keys = {label: match_key(label) for label in {sample.label for sample in self.samples}}
+        folders = {sample.path: posixpath.basename(posixpath.dirname(sample.path)) for sample in self.samples}
+        of_folder = {folder: match_key(folder) for folder in set(folders.values())}
+        named = [sample for sample in self.samples if of_folder[folders[sample.path]] in keys.values()]
+        other = [sample for sample in named if of_folder[folders[sample.path]] != keys[sample.label]]
+        if other and len(other) < len(named) / 2:
+            shown = listing([f"{sample.path} is `{sample.label}`" for sample in other], 3)
+            self.notes.append(
+                f"{counted(len(other), 'label')} of `{self._table.name}` disagree with the class folder that the image"
+                f" lies in ({shown}): the table counts."
+            )
 
     def _check_repeated(self, line: int, known: Sample, sample: Sample) -> None:
         for name in ("label", "split", "group"):
