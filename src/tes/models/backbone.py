@@ -213,7 +213,7 @@ def _timm_model(config: BackboneConfig, images: ImageConfig) -> Backbone:
         else:
             head = SourceHead(head.weight_SF, head.bias_S, names)
     unused = load_strictly(network, rest, what)
-    settings, origin = image_settings.resolve(images, [("timm's configuration", values)])
+    settings, origin = image_settings.resolve(images, [*_built_for(config), ("timm's configuration", values)])
     return Backbone(network, config.name, settings, origin, head, _no_place(what, unused), projection_DF)
 
 
@@ -236,7 +236,6 @@ def _from_checkpoint(
         trust_last: Whether `known` goes before what the file's layout implies.
     """
     assert config.checkpoint is not None
-    built_for = [("the size that the network is built for", {"size": config.kwargs.get("img_size")})]
     path, what = user_path(config.checkpoint), f"The checkpoint `{config.checkpoint}`"
     checkpoint = open_checkpoint(path, network, what, config.name)
     notes = [*checkpoint.notes, *check_activation(path, network, checkpoint, config.name)]
@@ -250,9 +249,16 @@ def _from_checkpoint(
     notes += _no_place(what, unused)
     implied = [checkpoint.layout.implied]
     last = [*known, *implied] if trust_last else [*implied, *known]
-    settings, origin = image_settings.resolve(images, [*built_for, *image_settings.beside_weights(path), *last])
+    settings, origin = image_settings.resolve(
+        images, [*_built_for(config), *image_settings.beside_weights(path), *last]
+    )
     projection_DF = usable_projection(network, checkpoint.projection_DF)
     return Backbone(network, config.name, settings, origin, head, notes, projection_DF)
+
+
+def _built_for(config: BackboneConfig) -> list[tuple[str, Mapping[str, Any]]]:
+    size = config.kwargs.get("img_size")
+    return [("the size that the network is built for", {"size": size})] if isinstance(size, int) else []
 
 
 def _head_of(

@@ -54,8 +54,9 @@ class OpenClipEncoder(TextEncoder):
             if not (path.parent / DESCRIBED).is_file():
                 raise TextError(
                     f"Beside `{self.identifier}` there is no {DESCRIBED}, which says what text tower it is; write it"
-                    ' once, with the name of the architecture: python -c "import json, open_clip;'
-                    f" print(json.dumps({{'model_cfg': open_clip.get_model_config('ViT-B-32')}}))\" > {DESCRIBED}"
+                    " once, with the name of the architecture (of OpenAI's, ViT-B-32-quickgelu and the like): python -c"
+                    " \"import json, open_clip; print(json.dumps({'model_cfg':"
+                    f" open_clip.get_model_config('ViT-B-32')}}))\" > {DESCRIBED}"
                 )
             return path
         folder = model_folder("openclip", self.identifier, OPEN_CLIP)
