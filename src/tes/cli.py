@@ -557,7 +557,8 @@ def benchmark(
     ] = None,
     size: Size = None,
     device: Device = None,
-    partial: Annotated[bool, typer.Option("--partial", help="Accept a subset of a task's official list.")] = False,
+    data_root: DataRoot = None,
+    partial: Partial = False,
     published: Annotated[
         str | None, typer.Option(metavar="FILE", help="benchmark.csv with its column published_percent filled.")
     ] = None,
@@ -570,7 +571,13 @@ def benchmark(
     from tes.verbs.benchmark import benchmark as run_benchmark
     from tes.verbs.compare import Settings
 
-    flags = {"data.partial": partial or None, "train": train, "image.size": size, "device": device}
+    flags = {
+        "data.root": data_root,
+        "data.partial": partial or None,
+        "train": train,
+        "image.size": size,
+        "device": device,
+    }
     try:
         made = run_benchmark(
             Settings(config, flags, assignments or []),

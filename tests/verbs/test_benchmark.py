@@ -7,9 +7,11 @@ import json
 import shutil
 import statistics
 
+import numpy as np
 import pytest
 import yaml
 
+import miniatures
 import tes
 from tes.benchmark_folder import Benchmark
 from tes.errors import ConfigError, RunError
@@ -57,9 +59,7 @@ def table(folder):
 
 
 @pytest.mark.slow
-def test_an_interrupted_benchmark_continues_and_ends_with_a_complete_table(
-    sources, networks, texts, cli, tmp_path, monkeypatch
-):
+def test_an_interrupted_benchmark_continues_and_ends_with_a_complete_table(networks, cli, tmp_path, monkeypatch):
     from tes.verbs import compare as room
 
     begun, run_job = [], room.run_job
@@ -71,9 +71,15 @@ def test_an_interrupted_benchmark_continues_and_ends_with_a_complete_table(
         return run_job(*given, **how)
 
     monkeypatch.setattr(room, "run_job", interrupted)
-    out = tmp_path / "b"
-    command = ["benchmark", *sources, "--backbones", ",".join(networks), "--texts", f"minilm,file:{texts}", "--arms",
-               "ce,tes", "--seeds", 2, "--shots", "2", "--train", "head", "--partial", "--out", out]  # fmt: skip
+    out, tasks = tmp_path / "b", ("flowers102", "pets", "cifar10")
+    for task in tasks:
+        miniatures.build(task, tmp_path / "data")
+    names = [label for task in tasks for label in miniatures.CLASSES[task].values()]
+    rows = np.random.default_rng(0).normal(size=(len(names), 6)).astype("float32")
+    np.savez(tmp_path / "rows.npz", names=np.array(names), embeddings=rows)
+    command = ["benchmark", *tasks, "--data-root", tmp_path / "data", "--partial", "--backbones", ",".join(networks),
+               "--texts", f"minilm,file:{tmp_path / 'rows.npz'}", "--arms", "ce,tes", "--seeds", 2, "--shots", "1",
+               "--train", "head", "--out", out]  # fmt: skip
     code, _, err = cli(*command)
     assert code == 75 and "the same command goes on from here" in err
     times = {path: path.stat().st_mtime_ns for path in out.rglob("run.json")}
@@ -90,17 +96,18 @@ def test_an_interrupted_benchmark_continues_and_ends_with_a_complete_table(
     for row in rows:
         comparison = out / row["comparison"]
         scored = [
-            float(line["mean_per_class"])
+            float(line["top1" if row["task"].startswith("cifar10") else "mean_per_class"])
             for line in csv.DictReader((comparison / "table.csv").open())
             if line["arm"] == row["arm"] and line["head"] == line["default_head"]
         ]
         assert len(scored) == 2 and float(row["percent"]) == pytest.approx(100 * statistics.mean(scored), abs=1e-3)
     ours = {(row["task"], row["backbone"], row["text"], row["arm"]): float(row["percent"]) for row in rows}
-    assert {key[0] for key in ours} == {"squares", "listed", "two"}
+    assert list(dict.fromkeys(key[0] for key in ours)) == list(tasks)
+    assert "pets (9 / 7349 images), mean per class" in printed and "cifar10 (33 / 60000 images), top-1" in printed
     line = next(line for line in printed.splitlines() if line.split()[:3] == ["tiny-vit", "minilm", "tes"])
     mine = {key: value for key, value in ours.items() if key[1:] == ("tiny-vit", "minilm", "tes")}
     shown = line.split()
-    assert shown[3:6] == [f"{mine[task, 'tiny-vit', 'minilm', 'tes']:.1f}" for task in ("squares", "listed", "two")]
+    assert shown[3:6] == [f"{mine[task, 'tiny-vit', 'minilm', 'tes']:.1f}" for task in tasks]
     average = statistics.mean(mine.values())
     assert float(shown[6]) == pytest.approx(average, abs=0.06)
     plain = statistics.mean(value for key, value in ours.items() if key[1:] == ("tiny-vit", "minilm", "ce"))
