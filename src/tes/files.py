@@ -61,9 +61,14 @@ def replacing(path: Path) -> Iterator[Path]:
 _LEFTOVER = re.compile(r"\.[\w-]+(\.\w+)?\.[a-z0-9_]{8}(\.\w+)?")
 
 
+def is_leftover(path: Path) -> bool:
+    """Whether this is what a process leaves that is killed while it writes a file: see `replacing`."""
+    return _LEFTOVER.fullmatch(path.name) is not None
+
+
 def remove_leftovers(folder: Path) -> None:
-    """Remove what a process that was killed while it wrote to `folder` has left in it: see `replacing`."""
-    for path in [path for path in folder.rglob(".*") if _LEFTOVER.fullmatch(path.name)]:
+    """Remove all such files below a folder."""
+    for path in [path for path in folder.rglob(".*") if is_leftover(path)]:
         if path.is_dir():
             shutil.rmtree(path, ignore_errors=True)
         else:

@@ -24,7 +24,7 @@ from tes.engine.learner import Learner
 from tes.engine.loader import steps_per_epoch
 from tes.engine.scoring import out_of_fold, predict
 from tes.errors import RunError
-from tes.files import append_jsonl, remove_leftovers, sha256_text, write_atomic
+from tes.files import append_jsonl, sha256_text, write_atomic
 from tes.loaded import Loaded
 from tes.metrics import evaluate_split, image_losses
 from tes.mistakes import worth_showing
@@ -145,7 +145,6 @@ def run_job(
     }
     if goes_on:
         resume.refuse_other_content(folder, content)
-        remove_leftovers(folder)
         (folder / "metrics.jsonl").unlink(missing_ok=True)  # its rows up to the saved state are logged again from there
     run_writer.write_inputs(folder, config, loaded.backbone.images)
     run_writer.write_classes(folder, dataset, class_text, sources)

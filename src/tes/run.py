@@ -28,7 +28,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from tes.config import NOT_YAML
 from tes.errors import RunError, TrainingError, did_you_mean, listing
-from tes.files import read_json, user_path
+from tes.files import is_leftover, read_json, remove_leftovers, user_path
 from tes.predictions import Predictions
 
 FORMAT = 1
@@ -358,7 +358,7 @@ def claim(out: str | None, stem: str, overwrite: bool, begun: Path | None = None
         elif path is None:
             path = _next_free(Path("runs"), stem)
         else:
-            if path.is_dir() and any(path.iterdir()):
+            if path.is_dir() and any(entry.name != ".lock" and not is_leftover(entry) for entry in path.iterdir()):
                 replaced = _set_aside(path, overwrite)
             path.mkdir(parents=True, exist_ok=True)
             if not path.is_dir():
@@ -368,6 +368,7 @@ def claim(out: str | None, stem: str, overwrite: bool, begun: Path | None = None
     claimed = Claim(path)
     claimed.kept = begun is not None
     with exclusive(path):
+        remove_leftovers(path)
         try:
             yield claimed
         except BaseException as problem:

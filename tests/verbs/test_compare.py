@@ -332,6 +332,18 @@ def test_an_interruption_says_how_to_go_on_and_the_same_command_does(cli, photos
     assert len(begun) == 3 + 3
 
 
+def test_a_comparison_from_before_a_setting_existed_continues_with_its_default(begin):
+    how = {"arms": ("ce",), "shots": ("1",), "num_seeds": 1, "controls": False}
+    path = begin(**how).path / "compare.json"
+    plan = json.loads(path.read_text())
+    del plan["settings"]["augment"]["mixup"], plan["settings"]["optim"]["ema"], plan["settings"]["memory_format"]
+    path.write_text(json.dumps(plan))
+    begin(**how, flags={"checkpoint.every_minutes": 1})  # which changes no result
+    path.write_text(json.dumps(plan))
+    with pytest.raises(RunError, match=r"other settings \(memory_format: auto there, contiguous here\)"):
+        begin(**how, flags={"memory_format": "contiguous"})
+
+
 @pytest.mark.slow
 def test_the_classical_objectives_are_arms_with_any_start(begin):
     names = ("bss", "co_tuning", "bi_tuning")

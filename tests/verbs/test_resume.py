@@ -170,11 +170,14 @@ def test_the_command_line_says_how_to_go_on_and_that_goes_on(cli, photos, texts,
 
 def test_without_a_beginning_resume_begins_and_a_solved_head_begins_again(settings):
     config = settings(objective="ce", train="head", refit="none")
+    Path(config.out).mkdir()
+    for name in (".lock", ".config.yaml.a1b2c3_d.yaml"):  # as a kill leaves them before there is anything else
+        Path(config.out, name).touch()
     with pytest.raises(Interrupted):
         tes.train(config, network=Net(("eval", 2), signal.SIGINT), resume=True)
     folder = Path(config.out)
     assert (folder / "config.yaml").is_file() and not (folder / "state").exists()
-    assert tes.train(config, network=Net(), resume=True).metrics["test"]
+    assert tes.train(config, network=Net(), resume=True).metrics["test"] and not list(folder.rglob(".*"))
     with pytest.raises(ConfigError, match="--resume goes on with a run and --overwrite replaces it"):
         tes.train(config, network=Net(), resume=True, overwrite=True)
 

@@ -17,7 +17,7 @@ from tes.comparison import BASELINE, Comparison, Plan, cell_folder, read_plan, w
 from tes.config import PRIOR_STARTS, Config, arm_flags, load_config
 from tes.engine.compute import Compute, resolve_device
 from tes.errors import ConfigError, DataError, RunError, TesError, listing
-from tes.files import sha256_text, user_path
+from tes.files import remove_leftovers, sha256_text, user_path
 from tes.job import PROTOCOLS, Protocol, run_job
 from tes.loaded import Loaded
 from tes.mistakes import often_wrong
@@ -159,6 +159,7 @@ def compare(
                 shutil.rmtree(cell, ignore_errors=True)
                 cell.mkdir(parents=True)
             config = settings.config(arm, shot, seed)
+            remove_leftovers(cell)
             with threads_of(cell) if goes_on else contextlib.nullcontext():
                 run_job(config, loaded, cell, protocol=how, store=store, shared=shared, against=False, goes_on=goes_on)
             progress.advance(1)
