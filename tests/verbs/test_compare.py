@@ -109,16 +109,6 @@ def test_other_settings_are_refused_with_the_difference_and_more_seeds_are_welco
     assert comparison.summary["seeds"] == [0, 1]
 
 
-def test_a_comparison_from_before_a_setting_existed_continues_with_its_default(begin):
-    comparison = begin(("ce",), shots=("1",), num_seeds=1)
-    plan = json.loads((comparison.path / "compare.json").read_text())
-    del plan["settings"]["search"], plan["settings"]["optim"]["decay_all"]
-    (comparison.path / "compare.json").write_text(json.dumps(plan))
-    with pytest.raises(RunError, match=r"optim\.decay_all: False there, True here"):
-        begin(("ce",), shots=("1",), num_seeds=1, assignments=["optim.decay_all=true"])
-    assert begin(("ce",), shots=("1",), num_seeds=1).plan.settings["search"] == {}
-
-
 def test_split_val_never_opens_the_test_split(begin):
     comparison = begin(split="val", shots=("1",))
     assert not list(comparison.path.rglob("test.npz")) and comparison.summary["split"] == "val"

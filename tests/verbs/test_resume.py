@@ -199,12 +199,14 @@ def test_a_run_goes_on_with_its_own_settings_images_and_weights_only(settings, p
     network = Net()
     with torch.no_grad():
         network.layers[0].weight.add_(1)
-    with pytest.raises(RunError, match="begun with other weights than there are now"):
+    with pytest.raises(RunError, match="begun with other weights than now"):
         tes.train(settings(**flags), network=network, resume=True)
+    with pytest.raises(RunError, match=r"begun with other (images, )?protocol than now"):
+        tes.train(settings(**flags), network=Net(), resume=True, protocol="paper")
     image = next(own.glob("*/*.png"))
     kept = image.read_bytes()
     image.unlink()
-    with pytest.raises(RunError, match="begun with other images than there are now"):
+    with pytest.raises(RunError, match="begun with other images than now"):
         tes.train(settings(**flags), network=Net(), resume=True)
     image.write_bytes(kept)
     own.rename(tmp_path / "squares")  # the same images elsewhere, and what changes no result

@@ -56,7 +56,7 @@ def test_check_prints_metric_counts_and_names_with_prompts(cli, miniature, argum
     code, out, err = cli("check", "cars", "--data-root", root, "--partial", *arguments)
     assert code == 0, err
     lines = out.splitlines()
-    assert lines[0] == "cars (9 / 16185 images): 3 classes, 3 train, 3 val, 3 test images; metric top1"
+    assert lines[0] == "cars (9 / 16185 images): 3 classes, 3 train, 3 val, 3 test images; metric: top-1"
     assert "found / official: 3 / 196 classes, 6 / 8144 train, 3 / 8041 test" in lines
     name = "2012 Ram C/V Cargo Van Minivan"
     assert f"  Ram C/V Cargo Van Minivan 2012 → {name}: a photo of a {name}." in lines
