@@ -11,6 +11,7 @@ run's folder. Exit code 1 if any differs.
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import random
 import signal
@@ -164,7 +165,10 @@ def kill(process: int, run: Path, end: str, after_seconds: float) -> int:
 def content(run: Path) -> dict[str, bytes]:
     """Return the files of a run that do not depend on the clock or on where it is."""
     files = [path for path in run.rglob("*") if path.is_file() and path.name not in FREE]
-    return {str(path.relative_to(run)): path.read_bytes() for path in files}
+    found = {str(path.relative_to(run)): path.read_bytes() for path in files}
+    summary = json.loads(found["run.json"])
+    summary["files"] = {name: digest for name, digest in summary["files"].items() if name not in FREE}
+    return found | {"run.json": json.dumps(summary).encode()}
 
 
 if __name__ == "__main__":
