@@ -16,7 +16,9 @@ from tes.files import read_json, write_json
 
 MACHINE = ("device", "precision", "memory_format")
 """Decided once for the machine, and kept where the user leaves them open."""
-WITHOUT_EFFECT = frozenset({"out", "num_workers", "checkpoint", "data.source", "backbone.checkpoint"})
+WITHOUT_EFFECT = frozenset(
+    {"out", "num_workers", "checkpoint", "data.source", "data.root", "data.partial", "backbone.checkpoint"}
+)
 """Settings under which a run may go on whatever they say: they change no result, or the content is compared."""
 
 

@@ -210,8 +210,11 @@ def test_a_run_goes_on_with_its_own_settings_images_and_weights_only(settings, p
         tes.train(settings(**flags), network=Net(), resume=True)
     image.write_bytes(kept)
     own.rename(tmp_path / "squares")  # the same images elsewhere, and what changes no result
-    moved = {"data__source": str(tmp_path / "squares"), "checkpoint__every_minutes": None, "num_workers": 0}
+    moved = {"data__source": str(tmp_path / "squares"), "data__root": "elsewhere"}
+    moved |= {"checkpoint__every_minutes": None, "num_workers": 0}
     assert tes.train(settings(**flags | moved), network=Net(), resume=True).path == folder
+    with pytest.raises(RunError, match="finished, under the protocol `val-selected`, not `paper`"):
+        tes.train(settings(**flags | moved), network=Net(), resume=True, protocol="paper")
 
 
 def test_a_damaged_state_is_said_to_be_and_left_alone(settings):

@@ -8,7 +8,7 @@ from torch import nn
 
 from tes import console, data
 from tes.config import PRIOR_STARTS, Config
-from tes.errors import ConfigError, Interrupted
+from tes.errors import ConfigError, Interrupted, RunError
 from tes.files import user_path
 from tes.job import PROTOCOLS, Protocol, describe, run_job
 from tes.loaded import Loaded
@@ -55,8 +55,15 @@ def train(
     if begun is not None:
         refuse_other(config, begun, settled=False)
         if not is_unfinished(begun):
+            finished = Run.open(begun)
+            there, here = finished.summary.get("protocol"), PROTOCOLS[protocol]
+            if there != here:
+                raise RunError(
+                    f"The run in `{begun}` is finished, under the protocol `{there}`, not `{here}`; choose another"
+                    " --out."
+                )
             console.note(f"the run `{begun}` is finished already")
-            return Run.open(begun)
+            return finished
     claimed = None
     try:
         with claim(config.out, stem, overwrite, begun) as claimed:
