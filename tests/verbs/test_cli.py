@@ -158,6 +158,10 @@ def test_check_finds_imbalance_duplicates_and_bad_images_without_training(
     code, out, _ = cli("check", copy, *arguments, "--out", tmp_path)
     assert code == 0 and "`bad_images.csv` is empty now" in out.replace(f"{tmp_path}/", "")
     assert (tmp_path / "bad_images.csv").read_text() == "path,reason\n"
+    (tmp_path / "duplicates.csv").write_text("my own\n")
+    code, out, _ = cli("check", copy, *arguments)
+    assert code == 0 and "has other content and is kept" in out
+    assert (tmp_path / "duplicates.csv").read_text() == "my own\n"
 
 
 def test_check_lists_all_bad_images_also_where_there_are_too_many(cli, photos, arguments, tmp_path, monkeypatch):

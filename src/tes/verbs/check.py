@@ -162,6 +162,9 @@ def _write(folder: Path | None, name: str, rows: Sequence[Sequence[str]]) -> str
     """Write a table, or empty one that an earlier check has left; return a sentence that says so, or nothing."""
     if folder is None or not (rows or (folder / name).is_file()):
         return ""
+    if (folder / name).exists() and not _is_ours(folder / name):
+        kept = f"`{folder / name}` has other content and is kept; for the list of {len(rows)} choose another --out."
+        return kept if rows else ""
     content = io.StringIO()
     table = csv.writer(content, lineterminator="\n")
     table.writerow(TABLES[name])
@@ -171,6 +174,16 @@ def _write(folder: Path | None, name: str, rows: Sequence[Sequence[str]]) -> str
     except OSError as problem:
         return f"`{folder / name}` cannot be written: {problem.strerror or problem}."
     return f"All {len(rows)} are listed in `{folder / name}`." if rows else f"`{folder / name}` is empty now."
+
+
+def _is_ours(path: Path) -> bool:
+    """Whether a file begins as a table of `tes check` does."""
+    header = ",".join(TABLES[path.name]).encode()
+    try:
+        with path.open("rb") as file:
+            return file.readline(1000).rstrip(b"\r\n") == header
+    except OSError:
+        return False
 
 
 def render(result: dict[str, Any]) -> str:
