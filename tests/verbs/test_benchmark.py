@@ -6,6 +6,7 @@ import csv
 import json
 import shutil
 import statistics
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ import tes
 from tes.benchmark_folder import Benchmark
 from tes.errors import ConfigError, RunError
 from tes.verbs.benchmark import benchmark
+from tes.verbs.compare import Settings
 
 
 @pytest.fixture(scope="module")
@@ -120,7 +122,8 @@ def test_an_interrupted_benchmark_continues_and_ends_with_a_complete_table(netwo
 def begin(sources, networks, texts, tmp_path):
     def run(data=sources[:1], backbones=networks[:1], arms=("tes",), **how):
         how = {"num_seeds": 1, "shots": ("1",), "out": str(tmp_path / "b")} | how
-        return benchmark({"train": "head"}, data, backbones, [f"file:{texts}"], arms, **how)
+        settings = Settings(how.pop("file", None), {"train": "head"})
+        return benchmark(settings, data, backbones, [f"file:{texts}"], arms, **how)
 
     return run
 
@@ -206,6 +209,7 @@ def test_published_figures_that_cannot_be_read_are_one_sentence(begin, tmp_path,
         ({"backbones": ["resnet18", "resnet18"]}, "called `resnet18` in the table"),
         ({"backbones": []}, "at least one of its --backbones"),
         ({"shots": ("none",)}, "`none` is neither"),
+        ({"file": Path("own.yaml")}, "--config and the YAML file of the backbone `tiny-resnet` cannot both be read"),
     ],
 )
 def test_a_mistake_that_concerns_all_is_told_before_any_work(begin, tmp_path, how, words):

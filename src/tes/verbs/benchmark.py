@@ -76,6 +76,11 @@ def benchmark(
     check_axes(arms, shots, num_seeds, num_trials, "test", protocol)
     tasks = _axis("data sources", [_Part(user_path(ref).resolve().stem, {"data.source": ref}) for ref in sources])
     networks = _axis("--backbones", [_backbone(spec) for spec in backbones])
+    if settings.file is not None and (own := [part.label for part in networks if part.file is not None]):
+        raise ConfigError(
+            f"--config and the YAML file of the backbone `{own[0]}` cannot both be read; write into the latter what is"
+            " in the former, or give that with --set."
+        )
     encoders = _axis("--texts", [_Part(spec, {"text.encoder": spec}) for spec in texts])
     for network in networks:  # a mistake that concerns all is told before any work
         for encoder in encoders:
