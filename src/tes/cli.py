@@ -344,6 +344,7 @@ def calibrate(
 def verify(
     run: RunFolder,
     data: WhereData = None,
+    data_root: DataRoot = None,
     backbone: BackboneName = None,
     as_json: AsJson = False,
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
@@ -352,7 +353,7 @@ def verify(
     from tes.verbs.verify import render
     from tes.verbs.verify import verify as verify_run
 
-    result = verify_run(run, data_source=data, backbone=backbone)
+    result = verify_run(run, data_source=data, data_root=data_root, backbone=backbone)
     print(json.dumps(result, ensure_ascii=False) if as_json else render(result))
     if not result["holds"]:
         raise typer.Exit(2)

@@ -77,6 +77,7 @@ class _Summary(_Recorded):
 
 class _DataSettings(_Recorded):
     source: str | None = None
+    root: str | None = None
     shots: int | None = None
     fraction: float | None = None
 

@@ -7,6 +7,7 @@ import json
 
 import numpy as np
 import pytest
+import yaml
 
 import tes
 from tes.data.task import load_task
@@ -89,13 +90,22 @@ def test_a_task_is_trained_on_evaluated_and_reported(cli, tmp_path, monkeypatch,
     ]  # fmt: skip
     code, out, err = cli("evaluate", run, "--data", "caltech101", *flags, "--json")
     assert (code, json.loads(out)["num_samples"]) == (0, 93), err
+    assert any("Scored all splits" in note for note in json.loads(out)["notes"])
     code, _, err = cli("evaluate", run, "--data", "caltech101", "--data-root", root)
     assert code == 2 and "--partial" in err
+    code, out, err = cli("verify", run, "--data", "caltech101", "--data-root", root)
+    assert code == 0 and "images: holds: all 93 are in `caltech101`" in out, out + err
     code, _, err = cli("report", run)
     assert code == 0, err
     with (run / "doubts.csv").open() as file:
         first = next(csv.DictReader(file))
     assert first["path"].startswith(str(root / "caltech101/101_ObjectCategories"))
+    settings = yaml.safe_load((run / "config.yaml").read_text())
+    settings["data"]["root"] = ["no", "path"]
+    (run / "config.yaml").write_text(yaml.safe_dump(settings))
+    assert cli("report", run)[0] == 0  # without a table of doubts
+    code, _, err = cli("verify", run, "--data", "caltech101", "--data-root", root)
+    assert code == 2 and "`data.root`" in err, err
 
 
 @pytest.mark.slow

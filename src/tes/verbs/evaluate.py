@@ -62,6 +62,8 @@ def evaluate(
         dataset = data.load_labelled(data_source, classes, data_root, partial)
         predictions = _predict_elsewhere(run, dataset, backbone, network)
         result = {"split": "all", "data": dataset.name}
+        if dataset.notes:
+            result["notes"] = list(dataset.notes)
         coarse = [info.coarse for info in dataset.classes]
     heads = evaluate_split(predictions, coarse)
     calibration = Calibration.load(run.path / "calibration.json")

@@ -50,6 +50,7 @@ def verify(
     run: Run | str | Path,
     *,
     data_source: str | None = None,
+    data_root: str | None = None,
     backbone: str | None = None,
     network: nn.Module | None = None,
 ) -> dict[str, Any]:
@@ -58,6 +59,7 @@ def verify(
     Args:
         run: A run or its folder.
         data_source: Where the images are; they are known by their content. None: no prediction is recomputed.
+        data_root: Where tasks' data sets are, if they are a task's.
         backbone: For an own module, its `package.module:factory`, repeated: a run's own word is not imported.
         network: The module itself, likewise.
 
@@ -78,7 +80,7 @@ def verify(
             Check("predictions", None, "not recomputed: name the images with --data to run the recorded model on them")
         )
     else:
-        checks += _recomputed(run, data_source, backbone, network)
+        checks += _recomputed(run, data_source, data_root, backbone, network)
     holds = all(check.holds is not False for check in checks)
     return {"run": str(run.path), "holds": holds, "checks": [asdict(check) for check in checks]}
 
@@ -207,7 +209,9 @@ def _splits(run: Run) -> Iterator[Check]:
     yield Check("splits", not wrong, "; ".join(wrong) if wrong else f"splits.csv agrees with the predictions: {shown}")
 
 
-def _recomputed(run: Run, data_source: str, backbone: str | None, network: nn.Module | None) -> list[Check]:
+def _recomputed(
+    run: Run, data_source: str, data_root: str | None, backbone: str | None, network: nn.Module | None
+) -> list[Check]:
     from tes.reopen import load_learner, recorded_compute, reopen_data
 
     compute = recorded_compute(run)
@@ -219,7 +223,7 @@ def _recomputed(run: Run, data_source: str, backbone: str | None, network: nn.Mo
         detail = "is the one that the run started from" if is_same else "is not the one that run.json names"
         checks.append(Check("backbone", is_same, f"the backbone, which was not trained, {detail}"))
     try:
-        dataset = reopen_data(run, data_source)
+        dataset = reopen_data(run, data_source, data_root)
     except TesError as problem:
         return [*checks, Check("images", False, str(problem))]
     checks.append(Check("images", True, f"all {len(dataset.paths)} are in `{data_source}` as they were, by SHA-1"))
