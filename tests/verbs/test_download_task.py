@@ -26,9 +26,12 @@ from tes.verbs.download import download
 SERVED = "http://127.0.0.1"
 
 
+asked: list[str] = []
+
+
 class Quiet(http.server.SimpleHTTPRequestHandler):
     def log_message(self, *arguments: object) -> None:
-        pass
+        asked.append(self.path)
 
 
 @pytest.fixture
@@ -72,9 +75,15 @@ def test_a_task_of_several_files_is_fetched_and_opens_by_its_name(served, tmp_pa
         shutil.copy(original / name, folder / name)
     from_here(monkeypatch, folder, address)
     root = tmp_path / "data"
+    asked.clear()
+    (folder / "setid.mat").rename(tmp_path / "setid.mat")
+    code, _, err = cli("download", "flowers102", "--data-root", root, "--partial")
+    assert code == 2 and "setid.mat answers with status 404" in err
+    (tmp_path / "setid.mat").rename(folder / "setid.mat")
     code, out, err = cli("download", "flowers102", "--data-root", root, "--partial")
     assert (code, out.strip()) == (0, f"flowers102: {root / 'flowers-102'}"), err
     assert "licence: research use" in err
+    assert asked.count("/102flowers.tgz") == 1  # what had been fetched before was kept
     assert sorted(path.name for path in root.iterdir()) == ["flowers-102"]  # no archive is left
     found = open_source("flowers102", root=str(root), partial=True)
     assert {sample.label for sample in found.samples} == set(CLASSES["flowers102"].values())

@@ -57,6 +57,7 @@ def download(
 
 def _from_publisher(task: Task, below: Path) -> None:
     other = f"try `tes download {task.name} --from hub`, or " if task.hub is not None else ""
+    unpacked = []
     for part in task.downloads:
         into = below / part.into
         if not part.is_archive:
@@ -69,6 +70,8 @@ def _from_publisher(task: Task, below: Path) -> None:
             with tempfile.TemporaryDirectory(prefix=".unpacking-", dir=below) as outer:
                 unpack(archive, Path(outer))
                 unpack(Path(outer, part.inner), (into / part.inner).parent)
+        unpacked.append(archive)
+    for archive in unpacked:  # not before: if a later file cannot be fetched, the same call goes on from these
         archive.unlink()
 
 
