@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import hashlib
 import io
 import json
@@ -154,6 +155,9 @@ def test_a_model_is_trained_from_it(dataset_folder, resnet, tmp_path):
     with np.load(tmp_path / "run" / "predictions" / "test.npz") as saved:
         assert saved["labels"].tolist() == [0, 0, 1, 2]
     assert list(run.metrics["test"]) == ["vision"]
+    tes.report(run, data=f"hf:{dataset_folder}")
+    with (run.path / "doubts.csv").open() as file:
+        assert all(Path(row["path"]).is_file() for row in csv.DictReader(file))  # so that it can be trained on
 
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from tes import console
 from tes.comparison import Comparison
+from tes.data.hub import HubSource
 from tes.data.source import LocalSource, open_source
 from tes.data.task import load_task, task_names
 from tes.data.task_source import find_folder
@@ -75,7 +76,7 @@ def report(
 def doubts_table(found: Findings) -> str:
     """Return doubts.csv: what `tes train` reads, and what the model thinks of each training image's label."""
     by_path = {doubt.path: (place, doubt) for place, doubt in enumerate(found.doubts)}
-    root = _root(found)
+    place = _places(found)
     rows = sorted(
         found.run.images,
         key=lambda image: (by_path[image.path][0] if image.path in by_path else len(by_path), image.path),
@@ -88,9 +89,15 @@ def doubts_table(found: Findings) -> str:
         suggested = "" if doubt is None or doubt.suggested is None else found.labels[doubt.suggested]
         # What the draw of shots has left over is, in the data set, an image to train on.
         split = "train" if image.split == "unused" else image.split
-        path = image.path if root is None else (root / image.path).as_posix()
         table.writerow(
-            [path, image.label, split, image.group, suggested, "" if doubt is None else f"{doubt.doubt:.4f}"]
+            [
+                place.get(image.path, image.path),
+                image.label,
+                split,
+                image.group,
+                suggested,
+                "" if doubt is None else f"{doubt.doubt:.4f}",
+            ]
         )
     return out.getvalue()
 
@@ -108,6 +115,25 @@ def _open(folder: Path) -> Run | Comparison:
             " that `tes train` or `tes compare` wrote."
         )
     return Run.open(folder)
+
+
+def _places(found: Findings) -> dict[str, str]:
+    """Return the file of every image by its recorded path, as far as it can be told: nothing, where none can."""
+    photos, paths = found.photos, [image.path for image in found.run.images]
+    root = _root(found)
+    if root is None:
+        return {}
+    files = {path: root / path for path in paths}
+    if isinstance(photos, HubSource):
+        known = {sample.path: sample for sample in photos.samples}
+        files |= {path: photos.locate(known[path]) for path in paths if path in known}
+    if not any(file.is_file() for file in files.values()):
+        console.note(
+            f"the images are not in `{root}` as files of their own (CIFAR's are packed): {DOUBTS} is to be read, not"
+            " trained on"
+        )
+        return {}
+    return {path: file.as_posix() for path, file in files.items()}
 
 
 def _root(found: Findings) -> Path | None:
