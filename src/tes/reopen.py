@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import re
+import shlex
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -177,12 +178,12 @@ def reopen(
     if recorded.checkpoint is not None and checkpoint is None and network is None:
         raise RunError(
             f"`{run.path}` started from the weights in `{recorded.checkpoint}`, which are not opened on a run folder's"
-            f" word; if you trust it, repeat it: --checkpoint {recorded.checkpoint}."
+            f" word; if you trust it, repeat it: --checkpoint {shlex.quote(recorded.checkpoint)}."
         )
     if recorded.checkpoint is None and recorded.name not in ("lite0", backbone) and ":" not in recorded.name:
         raise RunError(
             f"`{run.path}` started from the Hub's weights of `{recorded.name}`, which are not fetched on a run folder's"
-            f" word; if you want them, repeat it: --backbone {recorded.name}."
+            f" word; if you want them, repeat it: --backbone {shlex.quote(recorded.name)}."
         )
     # The names of the source classes are not needed, and reading them would open another file.
     recorded = recorded.model_copy(update={"source_classes": None, "checkpoint": checkpoint})
@@ -200,12 +201,15 @@ def reopen(
 def reopen_data(run: Run, data_source: str | None, data_root: str | None = None) -> Dataset:
     """Return the images of a run's splits.csv, found by their content, with the labels and splits that it recorded.
 
+    Those that the run itself has lost are left out.
+
     Raises:
         RunError: splits.csv is damaged, or nobody has said where the images are.
         DataError: An image is missing or has changed.
     """
     needed = {"train", "val", "test", *trained_splits(run)}
-    rows = [row for row in run.images if row.split in needed]
+    without = {entry.get("path") for entry in run.summary.get("lost", ())}  # they became unreadable during the training
+    rows = [row for row in run.images if row.split in needed and row.path not in without]
     if data_source is None:
         recorded = (run.settings.get("data") or {}).get("source")
         raise RunError(
@@ -240,7 +244,8 @@ def reopen_data(run: Run, data_source: str | None, data_root: str | None = None)
 def data_flags(run: Run) -> str:
     """Return the flags that name a run's images, as it recorded them."""
     recorded = run.settings.get("data") or {}
-    return f"--data {recorded.get('source')}" + (f" --data-root {recorded['root']}" if recorded.get("root") else "")
+    flags = {"--data": recorded.get("source"), "--data-root": recorded.get("root")}
+    return " ".join(f"{flag} {shlex.quote(str(value))}" for flag, value in flags.items() if value)
 
 
 def saved_classes(run: Run) -> list[ClassInfo]:
@@ -358,7 +363,7 @@ def _repeated(name: str, backbone: str | None) -> str:
     if backbone is None:
         raise RunError(
             f"The run's backbone is the own module `{name}`, which is not imported on a run folder's word; if"
-            f" you trust it, repeat it: --backbone {name}."
+            f" you trust it, repeat it: --backbone {shlex.quote(name)}."
         )
     return backbone
 

@@ -61,7 +61,7 @@ def test_an_own_network_goes_on_from_a_run_of_it(photos, tmp_path):
 def test_another_backbone_is_refused_with_the_flags_that_suit(run, resnet, photos):
     config = settings(run, resnet, photos, **{"backbone.name": "lite0", "backbone.kwargs": {}})
     with pytest.raises(
-        ModelError, match=r"trained from `resnet18`, not from `lite0`: add --backbone resnet18 --set [^ ]+='\{\"chan"
+        ModelError, match=r"trained from `resnet18`, not from `lite0`: add --backbone resnet18 --set '[^ ]+=\{\"chan"
     ):
         load_backbone(config.backbone, config.image)
 
@@ -77,6 +77,9 @@ def test_nothing_that_the_folder_names_is_imported(run, resnet, photos, tmp_path
     with pytest.raises(ModelError, match="trained from `planted:build`, not from `resnet18`"):
         load_backbone(config.backbone, config.image)
     assert not proof.exists()
+    (copy / "config.yaml").write_text(text.replace("name: resnet18", "name: a; touch proof"))
+    with pytest.raises(ModelError, match="add --backbone 'a; touch proof'"):  # what is to be pasted runs nothing either
+        load_backbone(config.backbone, config.image)
 
 
 @pytest.mark.parametrize("content", [(), ("config.yaml",)])

@@ -337,6 +337,8 @@ def test_images_that_vanish_after_the_data_was_opened_are_done_without_and_liste
         assert [dataset.classes[label].label for label in said.labels] == [path.split("/")[0] for path in said.paths]
     err = capsys.readouterr().err
     assert all(f"`{path}` could be read before" in err for path in gone.values()) and "3 images were lost" in err
+    checks = tes.verify(run, data_source=str(copy))["checks"]
+    assert {check["name"]: check["holds"] for check in checks if not check["holds"]} == {}
 
 
 def test_a_training_whose_images_vanish_stops_with_a_sentence(settings, photos, tmp_path):

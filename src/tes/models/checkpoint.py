@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pickle
+import shlex
 import sys
 import warnings
 from collections import Counter
@@ -196,10 +197,12 @@ def _of_a_run(run: Run, network: nn.Module, what: str, name: str | None) -> Chec
     recorded = run.settings.get("backbone")
     recorded = recorded if isinstance(recorded, dict) else {}
     if name is not None and recorded.get("name") != name:
-        kwargs = f" --set backbone.kwargs='{json.dumps(recorded['kwargs'])}'" if recorded.get("kwargs") else ""
+        flags = ["--backbone", str(recorded.get("name"))]
+        if recorded.get("kwargs"):
+            flags += ["--set", f"backbone.kwargs={json.dumps(recorded['kwargs'])}"]
         raise ModelError(
-            f"The run `{run.path}` was trained from `{recorded.get('name')}`, not from `{name}`: add --backbone"
-            f" {recorded.get('name')}{kwargs}."
+            f"The run `{run.path}` was trained from `{recorded.get('name')}`, not from `{name}`: add"
+            f" {shlex.join(flags)}."
         )
     weights = run_weights(run)
     layout = Layout("a run of ours", prefix="backbone.")
