@@ -48,7 +48,7 @@ Data = Annotated[
     str,
     typer.Argument(
         metavar="DATA",
-        help="A folder of class folders, a CSV (path,label[,split][,group]), or a task (`tes list tasks`).",
+        help="A folder of class folders, a CSV (path,label[,split][,group]), a task (`tes list tasks`), or hf:NAME.",
     ),
 ]
 DataRoot = Annotated[

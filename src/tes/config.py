@@ -46,7 +46,8 @@ class DataConfig(Settings):
     """Which images, which of them are trained on, and what the classes are called."""
 
     source: str = Field(
-        description="a folder of class folders, a CSV with the columns path,label[,split][,group], or a task's name"
+        description="a folder of class folders, a CSV with the columns path,label[,split][,group], a task's name, or"
+        " hf:NAME of the Hugging Face Hub"
     )
     root: str | None = Field(
         None, description="where tasks' data sets are, in their official layouts; None: $TES_DATA, else data"
