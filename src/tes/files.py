@@ -108,6 +108,12 @@ def sha256_file(path: Path) -> str:
         return hashlib.file_digest(content, "sha256").hexdigest()
 
 
+def md5_file(path: Path) -> str:
+    """Return the MD5 that publishers give of their files: it guards against mistakes, not against an attacker."""
+    with Path(path).open("rb") as content:
+        return hashlib.file_digest(content, lambda: hashlib.md5(usedforsecurity=False)).hexdigest()
+
+
 def sha256_text(*parts: object) -> str:
     """Return one SHA-256 over several parts; ("ab", "c") and ("a", "bc") differ."""
     return hashlib.sha256(json.dumps([str(part) for part in parts]).encode()).hexdigest()

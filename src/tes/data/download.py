@@ -5,7 +5,6 @@ Nothing here is called unless the user asks for it (`tes download`).
 
 from __future__ import annotations
 
-import hashlib
 import http.client
 import shutil
 import tarfile
@@ -20,6 +19,7 @@ from pathlib import Path, PurePosixPath
 from tes import console
 from tes.data.task import Download
 from tes.errors import DataError
+from tes.files import md5_file
 
 BLOCK = 2**20
 PATIENCE_SECONDS = 30.0  # without one byte
@@ -48,7 +48,7 @@ def fetch(download: Download, folder: Path, alternatives: str) -> Path:
     """
     target = folder / download.name
     if target.is_file():
-        if download.md5 in (None, _md5(target)):
+        if download.md5 in (None, md5_file(target)):
             return target
         raise DataError(
             f"`{target}` is not the published file (its MD5 is not {download.md5}); remove it and run this again, or"
@@ -58,7 +58,7 @@ def fetch(download: Download, folder: Path, alternatives: str) -> Path:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         _continue(download, part)
-        if download.md5 not in (None, _md5(part)):
+        if download.md5 not in (None, md5_file(part)):
             part.unlink()
             raise DataError(
                 f"{download.url} is not the published file any more (its MD5 is not {download.md5}); it was not kept:"
@@ -169,8 +169,3 @@ def _move_into(source: Path, target: Path) -> None:
             _move_into(entry, target / entry.name)
     else:
         source.replace(target)
-
-
-def _md5(path: Path) -> str:
-    with path.open("rb") as content:
-        return hashlib.file_digest(content, lambda: hashlib.md5(usedforsecurity=False)).hexdigest()

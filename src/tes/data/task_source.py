@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -12,6 +11,7 @@ from tes.data.layouts.base import Listing, damaged
 from tes.data.source import LocalSource, Sample, Source
 from tes.data.task import Folder, Task, data_root, load_task, split_checksum
 from tes.errors import DataError, listing
+from tes.files import md5_file
 
 
 class TaskSource(LocalSource):
@@ -158,7 +158,7 @@ def _verify(task: Task, folder: Path, listed: Listing, partial: bool) -> list[st
         files = {folder / name: md5 for name, md5 in task.md5.items()}
         if partial or not all(file.is_file() for file in files):
             return ["Its files were not held against the official ones, whose MD5 is known."]
-        if differing := [file for file, md5 in files.items() if _md5(file) != md5]:
+        if differing := [file for file, md5 in files.items() if md5_file(file) != md5]:
             raise damaged(differing[0], task, "is not the official file (its MD5 differs)")
         return []
     if len(samples) < sum(task.splits.values()):
@@ -195,9 +195,3 @@ def _require_all(task: Task, folder: Path, listed: Sequence[Sample], present: Se
         f"Of the {len(listed)} images of `{task.name}`, {len(gone)} are not in `{folder}`: {listing(gone, 3)}; complete"
         f" the download from {task.home}, or take what is there with --partial."
     )
-
-
-def _md5(file: Path) -> str:
-    # The digest that was published: it guards against mistakes, not against an attacker.
-    with file.open("rb") as content:
-        return hashlib.file_digest(content, lambda: hashlib.md5(usedforsecurity=False)).hexdigest()
