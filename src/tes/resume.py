@@ -28,7 +28,7 @@ def as_begun(config: Config, folder: Path) -> Config:
     Raises:
         RunError: The recorded settings are damaged.
     """
-    recorded = _recorded(folder)
+    recorded = recorded_settings(folder)
     return config.replace({key: recorded.value(key) for key in MACHINE if config.value(key) == "auto"})
 
 
@@ -43,7 +43,7 @@ def refuse_other(config: Config, folder: Path, *, settled: bool = True) -> None:
     Raises:
         RunError: The settings differ, or the recorded ones are damaged.
     """
-    there, here = (settings.model_dump(mode="json") for settings in (_recorded(folder), config))
+    there, here = (settings.model_dump(mode="json") for settings in (recorded_settings(folder), config))
     found = differences(there, here)
     if not settled:
         found = {key: pair for key, pair in found.items() if not _is_open(key, pair[1])}
@@ -61,7 +61,12 @@ def _is_open(key: str, value: Any) -> bool:
     return value in (None, "auto") or key in ("optim.num_epochs", "optim.num_steps")
 
 
-def _recorded(folder: Path) -> Config:
+def recorded_settings(folder: Path) -> Config:
+    """Return the settings of a run, finished or begun.
+
+    Raises:
+        RunError: They cannot be read.
+    """
     try:
         return load_config(folder / "config.yaml")
     except ConfigError as problem:

@@ -162,6 +162,8 @@ def settle(
                 "refit", "none", "few shots stay few" if config.data.shots is not None else "it would double the time"
             )
     if train != "head":
+        if dataset.crop_size is not None and config.augment.policy == "auto" and config.augment.crop_size is None:
+            decide("augment.crop_size", dataset.crop_size, "the task's own")
         number = len(dataset.indices("train")) if num_images is None else num_images
         _settle_optimiser(config.replace(values), backbone.family, number, decide)
         if config.optim.layer_decay not in (None, 1):

@@ -164,6 +164,8 @@ def test_the_command_line_says_how_to_go_on_and_that_goes_on(cli, photos, texts,
     for again in (shlex.split(line)[1:], [*command, "--resume"]):  # the last run, where none is named
         code, out, err = cli(*again)
         assert code == 0 and "`runs/squares-ce-1` is finished already" in err and "run folder: runs/squares-ce-1" in out
+    code, _, err = cli("train", tmp_path / "other", *command[2:], "--out", "runs/squares-ce-1", "--resume")
+    assert code == 2 and "is finished, on `" in err and "other`; choose another --out." in err
     code, _, err = cli(*command, "--resume", "--lr", "0.5")
     assert code == 2 and "optim.learning_rate: 0.0001 there, 0.5 here" in err
 

@@ -74,6 +74,15 @@ def test_a_task_whose_data_are_not_there_is_one_sentence(cli, tmp_path):
     assert "https://www.robots.ox.ac.uk/~vgg/data/flowers/102/" in err and "--data-root" in err
 
 
+def test_cifar_is_cut_at_its_own_size_before_it_is_enlarged(miniature, resnet, cli, arguments):
+    root = miniature("cifar10")
+    command = ["train", "cifar10", "--data-root", root, "--partial", "--objective", "ce", "--train", "all", "--dry-run"]
+    code, out, err = cli(*command, *arguments)
+    assert code == 0 and "augment.crop_size = 32  (the task's own)" in err, err
+    code, out, err = cli(*command, *arguments, "--set", "augment.policy=resized_crop")
+    assert code == 0 and "crop_size: null" in out, err
+
+
 def test_a_task_is_trained_on_evaluated_and_reported(cli, tmp_path, monkeypatch, arguments, miniature):
     monkeypatch.chdir(tmp_path)
     root = miniature("caltech101")

@@ -65,6 +65,7 @@ class Dataset:
         metric: The figure that selects and is reported first: `mean_per_class` or `top1`.
         templates: The task's own prompts, where the user sets none.
         ensemble: The task's many prompts, where the user asks for them.
+        crop_size: Side at which the task's training images are cut before they are enlarged, where they are that small.
         coverage: (found, official) number of images, where some of a task's list are missing.
     """
 
@@ -84,6 +85,7 @@ class Dataset:
     metric: str = "mean_per_class"
     templates: tuple[str, ...] | None = None
     ensemble: tuple[str, ...] | None = None
+    crop_size: int | None = None
     coverage: tuple[int, int] | None = None
 
     @property
@@ -358,6 +360,7 @@ def _readable(
         metric=source.metric,
         templates=source.templates,
         ensemble=source.ensemble,
+        crop_size=source.crop_size,
         coverage=source.coverage,
     )
 

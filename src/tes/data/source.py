@@ -50,6 +50,7 @@ class Source(ABC):
         aliases: Further names, by label, under which published class texts may know a class.
         templates: Prompts that suit the classes, where the user sets none.
         ensemble: Many prompts that suit the classes, taken where the user asks for `ensemble`.
+        crop_size: Side at which training images are cut before they are enlarged, where they are that small.
         metric: The figure that selects and is reported first: `mean_per_class` or `top1`.
         coverage: How many images there are and how many the official list has, where some are missing.
         official: (found, official) number of `classes`, and of images for every split of a task's official list.
@@ -63,6 +64,7 @@ class Source(ABC):
     aliases: Mapping[str, tuple[str, ...]] = {}
     templates: tuple[str, ...] | None = None
     ensemble: tuple[str, ...] | None = None
+    crop_size: int | None = None
     metric: str = "mean_per_class"
     coverage: tuple[int, int] | None = None
     official: Mapping[str, tuple[int, int]] | None = None

@@ -36,6 +36,7 @@ class TaskSource(LocalSource):
         self.metric = task.metric
         self.templates, self.ensemble = (task.templates.single,), task.templates.ensemble
         self.aliases = task.also
+        self.crop_size = task.resolution.crop_size if task.resolution.policy == "padded_crop" else None
         listed = READERS[place.layout](folder, task)
         self.packed = listed.packed
         self.notes = _verify(task, folder, listed, partial)

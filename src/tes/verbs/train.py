@@ -13,7 +13,7 @@ from tes.files import user_path
 from tes.job import PROTOCOLS, Protocol, describe, run_job
 from tes.loaded import Loaded
 from tes.objectives import objectives
-from tes.resume import refuse_other, threads_of
+from tes.resume import recorded_settings, refuse_other, threads_of
 from tes.run import Run, claim, is_unfinished, newest, refuse_out_among_images
 from tes.settle import check_needs, settle
 
@@ -62,6 +62,9 @@ def train(
                     f"The run in `{begun}` is finished, under the protocol `{there}`, not `{here}`; choose another"
                     " --out."
                 )
+            of, now = recorded_settings(begun).data.source, config.data.source
+            if user_path(of).resolve() != source.resolve():
+                raise RunError(f"The run in `{begun}` is finished, on `{of}`, not `{now}`; choose another --out.")
             console.note(f"the run `{begun}` is finished already")
             return finished
     claimed = None
