@@ -316,6 +316,14 @@ def test_swapped_labels_and_moved_images_are_refused(name, change, sentence, lis
         assert sentence in message and load_task(name).home in message
 
 
+def test_a_list_cannot_name_an_image_outside_its_folder(tmp_path):
+    build("food101", tmp_path)
+    (tmp_path / "secret.jpg").write_bytes(b"")
+    listed = next(tmp_path.rglob("meta/train.txt"))
+    listed.write_text("apple_pie/../../../secret\n" + listed.read_text())
+    assert "name images outside it" in refusal(lambda: open_task("food101", str(tmp_path), partial=True))
+
+
 def test_the_variant_of_flowers_with_6552_images_is_refused_by_its_counts(lists):
     folder = lists("flowers102")
     rest = np.arange(6553, 8190)

@@ -133,6 +133,10 @@ def _verify(task: Task, folder: Path, listed: Listing, partial: bool) -> list[st
         raise DataError(
             f"`{task.name}` in `{folder}` has classes that it should not have: {listing(unknown)}; {again}."
         )
+    if outside := [sample.path for sample in samples if sample.path.startswith("/") or ".." in sample.path.split("/")]:
+        raise DataError(
+            f"The lists of `{task.name}` in `{folder}` name images outside it: {listing(outside, 3)}; {again}."
+        )
     if twice := [path for path, number in Counter(sample.path for sample in samples).items() if number > 1]:
         raise DataError(f"The lists of `{task.name}` in `{folder}` have images twice: {listing(twice, 3)}; {again}.")
     sizes = Counter(sample.split for sample in samples)
