@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -96,7 +97,7 @@ def open_task(name: str, root: str | None = None, partial: bool = False) -> Task
     found = find_folder(task, root)
     if found is None:
         where = data_root(root)
-        raise DataError(f"The data of the task `{name}` ({task.title}) are not in `{where}`; {how_to_get(task)}.")
+        raise DataError(f"The data of the task `{name}` ({task.title}) are not in `{where}`; {how_to_get(task, root)}.")
     return TaskSource(task, *found, partial)
 
 
@@ -111,10 +112,11 @@ def found_of_official(official: Mapping[str, tuple[int, int]]) -> str:
     return ", ".join(f"{found} / {number} {what}" for what, (found, number) in official.items())
 
 
-def how_to_get(task: Task) -> str:
+def how_to_get(task: Task, root: str | None = None) -> str:
     """Return where a task's data come from and where they are expected, as the end of a sentence."""
     place = task.sources[0]
-    fetch = f"run `tes download {task.name}`, or " if task.downloads or task.hub else ""
+    into = f" --data-root {shlex.quote(root)}" if root else ""
+    fetch = f"run `tes download {task.name}{into}`, or " if task.downloads or task.hub else ""
     return (
         f"{fetch}get them from {task.home} and unpack them as `{place.folders[0]}` ({place.holds}) below a folder that"
         " --data-root (or $TES_DATA) names"
