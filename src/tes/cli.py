@@ -206,7 +206,8 @@ def train(
     print(f"  tes predict {run.path} PHOTO_OR_FOLDER{own}   # classify new images, no text needed")
     print(f"  tes report {run.path}   # a page with all of this, and the labels that the model doubts")
     print(f"  tes evaluate {run.path} --data OTHER_FOLDER{own}   # score it on other labelled images")
-    print(f"  tes compare {settings.data.source} --arms ce,tes --seeds 10{_same_data(settings)}   # does text help?")
+    same = _same_job(settings, config, assignments)
+    print(f"  tes compare {settings.data.source} --arms ce,tes --seeds 10{same}   # does text help?")
 
 
 @app.command()
@@ -742,8 +743,8 @@ def _data_flags(
     }
 
 
-def _same_data(settings: Any) -> str:
-    """Return the flags under which another verb sees the same images, classes and network."""
+def _same_job(settings: Any, config: Path | None, assignments: list[str] | None) -> str:
+    """Return the flags under which `tes compare` sees the same images, classes, network and settings."""
     chosen = settings.data.only_classes
     subset = f"{100 * settings.data.fraction:g}%" if settings.data.fraction else settings.data.shots
     flags = {
@@ -753,10 +754,19 @@ def _same_data(settings: Any) -> str:
         "--classes": settings.data.classes,
         "--backbone": settings.backbone.name if settings.backbone.name != "lite0" else None,
         "--checkpoint": settings.backbone.checkpoint,
+        "--text": settings.text.encoder if settings.text.encoder != "minilm" else None,
+        "--size": settings.image.size,
+        "--lr": settings.optim.learning_rate,
+        "--epochs": settings.optim.num_epochs,
         "--train": settings.train if settings.train != "auto" else None,
+        "--config": config,
     }
     given = [f" {flag} {shlex.quote(str(value))}" for flag, value in flags.items() if value is not None]
-    return "".join(given) + (" --partial" if settings.data.partial else "")
+    # The arms say the objective and the start, --seeds the seeds, and a comparison has a folder of its own.
+    own = ("objective", "start", "seed", "out", "refit")
+    kept = [text for text in assignments or [] if text.partition("=")[0].partition(".")[0].strip() not in own]
+    sets = [f" --set {shlex.quote(text)}" for text in kept]
+    return "".join(given + sets) + (" --partial" if settings.data.partial else "")
 
 
 def _goes_on(settings: Any, folder: Path) -> str:

@@ -147,3 +147,17 @@ def test_published_descriptions_serve_the_real_flowers_without_a_change(shared, 
     assert code == 0, err
     prompts = {row["class"]: row["prompts"] for row in json.loads(out)["classes"]}
     assert prompts["ball moss"][0] == "ball moss: " + json.loads(texts.read_text())["air plant"][0]
+
+
+def test_a_task_that_is_not_there_is_to_be_fetched_to_where_it_was_looked_for(cli, tmp_path):
+    code, _, err = cli("check", "pets", "--data-root", tmp_path)
+    assert code == 2 and f"`tes download pets --data-root {tmp_path}`" in err
+
+
+def test_the_comparison_that_is_proposed_has_the_training_s_settings():
+    from tes.cli import _same_job
+    from tes.config import load_config
+
+    given = ["backbone.source_classes=imagenet1k", "out=elsewhere", "seed=3"]
+    flags = _same_job(load_config(flags={"data.source": "photos", "image.size": 64}, assignments=given), None, given)
+    assert flags == " --size 64 --set backbone.source_classes=imagenet1k"
