@@ -48,7 +48,7 @@ class MissingExtraError(TesError, ImportError):
 def did_you_mean(word: str, options: Iterable[str]) -> str:
     """Return " Did you mean `x`?" for the option closest to `word`, or "" where none is close."""
     by_lower = {option.lower(): option for option in options}
-    close = difflib.get_close_matches(word.lower(), by_lower, n=1, cutoff=0.6)
+    close = difflib.get_close_matches(word.lower(), by_lower, n=1, cutoff=0.65)
     return f" Did you mean `{by_lower[close[0]]}`?" if close else ""
 
 

@@ -173,7 +173,8 @@ def _write(folder: Path | None, name: str, rows: Sequence[Sequence[str]]) -> str
         write_atomic(folder / name, content.getvalue())
     except OSError as problem:
         return f"`{folder / name}` cannot be written: {problem.strerror or problem}."
-    return f"All {len(rows)} are listed in `{folder / name}`." if rows else f"`{folder / name}` is empty now."
+    listed = "It is" if len(rows) == 1 else f"All {len(rows)} are"
+    return f"{listed} listed in `{folder / name}`." if rows else f"`{folder / name}` is empty now."
 
 
 def _is_ours(path: Path) -> bool:
