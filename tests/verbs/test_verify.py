@@ -159,3 +159,8 @@ def test_the_environment_says_what_it_ran_on(run):
     assert recorded["git"] is None or (
         len(recorded["git"]["commit"]) == 40 and recorded["git"]["changed"] in (True, False)
     )
+
+
+def test_data_that_are_not_there_say_nothing_about_the_run(cli, run, tmp_path):
+    code, out, err = cli("verify", run, "--data", "pets", "--data-root", tmp_path)
+    assert code == 2 and not out and "are not in" in err and str(tmp_path) in err

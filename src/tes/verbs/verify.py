@@ -68,6 +68,7 @@ def verify(
 
     Raises:
         RunError: It is no finished run, or its backbone has to be repeated.
+        DataError: There are no data at `data_source`, which says nothing about the run.
     """
     run = run if isinstance(run, Run) else Run.open(run)
     checks = [
@@ -224,7 +225,7 @@ def _recomputed(
         checks.append(Check("backbone", is_same, f"the backbone, which was not trained, {detail}"))
     try:
         dataset = reopen_data(run, data_source, data_root)
-    except TesError as problem:
+    except RunError as problem:
         return [*checks, Check("images", False, str(problem))]
     checks.append(Check("images", True, f"all {len(dataset.paths)} are in `{data_source}` as they were, by SHA-1"))
     refit = run.summary.get("refit", "none")
