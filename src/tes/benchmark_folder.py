@@ -361,7 +361,7 @@ def missing(benchmark: Benchmark) -> list[str]:
 def legend(found: Sequence[Row]) -> list[str]:
     """Return what the marks in the table mean."""
     starred = any(row.is_added for row in found)
-    return ["* added, to tell what a gain is owed to: the rest of it is the objective's.", ""] if starred else []
+    return ["(*) added, to tell what a gain is owed to: the rest of it is the objective's.", ""] if starred else []
 
 
 def headings(found: Sequence[Row]) -> list[str]:

@@ -698,8 +698,8 @@ def main() -> None:
         code = _fail(f"error: {problem.strerror or problem}{where}", 2)
     except Exception as problem:
         if hasattr(problem, "format_message"):  # how the command-line parser says that a flag is wrong
-            message = problem.format_message()  # empty where it has shown the help instead
-            code = _fail(f"error: {message} Try `tes --help`.", 2) if message else 2
+            message = " ".join(problem.format_message().split())  # empty where it has shown the help instead
+            code = _fail(f"error: {message.rstrip('.')}. Try `tes --help`.", 2) if message else 2
         elif debug:
             raise
         elif _is_out_of_memory(problem):

@@ -153,7 +153,8 @@ def settle(
     if "class_text" in objective_class.needs or values.get("start", config.start) in PRIOR_STARTS:
         filled, whose = with_templates(config.text, dataset.templates, dataset.ensemble)
         if whose is not None:
-            decide("text.templates", filled.templates, whose)
+            own = any(info.prompts or info.descriptions for info in dataset.classes) and not config.text.mix
+            decide("text.templates", filled.templates, f"{whose}, for classes without sentences" if own else whose)
     if config.refit == "auto":
         if train == "head" and config.data.shots is None:
             decide("refit", "trainval", "a head at full data: val has served once it has been scored")
