@@ -27,6 +27,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from tes import console
 from tes.errors import TrainingError
 
 SCALE = 20.0
@@ -219,9 +220,11 @@ class HeadProblem:
             fit = _mean_cross_entropy(logits_NC, reference_NC, weight_N)
             loss = fit + shrink * sum(parameter.square().sum() for parameter in penalised)
             loss.backward()
+            progress.advance(1)
             return loss
 
-        with torch.enable_grad():
+        label = f"solving the head ({num_images} images, {num_classes} classes), at most"
+        with torch.enable_grad(), console.progress(MAX_ITERATIONS, label, "evaluations") as progress:
             optimizer.step(closure)
         alpha_C = trust()
         price = shrink * sum(parameter.detach().square().sum().item() for parameter in penalised)
