@@ -10,7 +10,9 @@ import pytest
 import yaml
 
 import tes
+from miniatures import CLASSES
 from tes.data.task import load_task
+from tes.metrics import METRICS
 from tes.text.encoder import TextEncoder, encoders
 
 
@@ -65,6 +67,21 @@ def test_check_prints_metric_counts_and_names_with_prompts(cli, miniature, argum
     code, out, err = cli("check", "cars", "--data-root", root, "--partial", "--json", *arguments)
     found = json.loads(out)
     assert (found["metric"], found["official"]["train"]) == ("top1", [6, 8144])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", CLASSES)
+def test_check_of_every_task_says_metric_classes_and_splits(name, cli, miniature, arguments):
+    code, out, err = cli("check", name, "--data-root", miniature(name), "--partial", *arguments)
+    assert code == 0, err
+    task, lines = load_task(name), out.splitlines()
+    assert lines[0].startswith(f"{name} (") and ": 3 classes, " in lines[0]
+    assert lines[0].endswith(f"metric: {METRICS[task.metric]}")
+    (official,) = [line for line in lines if line.startswith("found / official: ")]
+    assert f"3 / {task.num_classes} classes" in official
+    assert all(f" / {number} {split}" in official for split, number in task.splits.items())
+    prompts = [task.templates.single.replace("{}", task.classes[label]) for label in CLASSES[name].values()]
+    assert all(any(line.endswith(f": {prompt}") for line in lines) for prompt in prompts)
 
 
 def test_a_task_whose_data_are_not_there_is_one_sentence(cli, tmp_path):
