@@ -6,6 +6,8 @@ import csv
 import json
 import shutil
 import statistics
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -181,6 +183,21 @@ def test_what_a_gain_from_a_prior_is_owed_to_stands_in_the_table(photos, with_pr
     assert "ce\\+probe\\+prior \\*" in text and "(*) added, to tell what a gain is owed to" in text
     shutil.rmtree(made.path / made.combinations[0].folder)
     assert [one.state for one in Benchmark.open(made.path).combinations] == ["waiting"]
+
+
+def test_a_benchmark_has_one_writer(begin):
+    made = begin()
+    code = f"import pathlib, time, tes.run\nwith tes.run.exclusive(pathlib.Path({str(made.path)!r})):\n"
+    code += "    print('held', flush=True)\n    time.sleep(600)"
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) as other:
+        try:
+            assert other.stdout.readline() == "held\n"
+            with pytest.raises(RunError, match="Another process is writing"):
+                begin(arms=("tes", "label_smoothing"))
+        finally:
+            other.kill()
+    assert {row["arm"] for row in table(begin().path)} == {"ce", "tes"}
+    assert not (made.path / ".lock").exists()
 
 
 @pytest.mark.parametrize(

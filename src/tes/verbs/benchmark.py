@@ -16,6 +16,7 @@ from tes.errors import ConfigError, DataError, RunError, TesError
 from tes.files import sha256_text, user_path, write_atomic, write_json
 from tes.objectives import objectives
 from tes.page import benchmark_page
+from tes.run import exclusive
 from tes.run_writer import environment
 from tes.settle import check_needs
 from tes.verbs.compare import Settings, check_axes, compare
@@ -87,40 +88,46 @@ def benchmark(
             for arm in arms:
                 config = _settings(settings, tasks[0], network, encoder).config(arm, shots[0], first_seed)
                 check_needs(config, objectives.get(config.objective.name))
-    made = _begin(user_path(out), arms, figures)
     combinations = [
         (_Combined(task, network, encoder), _settings(settings, task, network, encoder))
         for task in tasks
         for network in networks
         for encoder in encoders
     ]
-    done = {one.key for one in made.combinations if one.state == "done"}
-    for parts, _ in combinations:
-        if parts.combination.key not in done:
-            made.put(parts.combination)
-    unreadable: dict[str, str] = {}
-    for number, (parts, own) in enumerate(combinations, start=1):
-        one = parts.combination
-        console.note(f"{number}/{len(combinations)}: {one.task}, {one.backbone}, {one.text}")
-        made.put(one)
-        try:
-            if one.task not in unreadable:
-                unreadable[one.task] = _unreadable(own, arms[0], shots[0], first_seed)
-            if why := unreadable[one.task]:
-                one = dataclasses.replace(one, state="skipped", reason=why)
-            else:
-                compare(
-                    own, arms, shots=shots, num_seeds=num_seeds, first_seed=first_seed, num_trials=num_trials,
-                    protocol=protocol, controls=controls, out=str(made.path / one.folder),
-                )  # fmt: skip
-                one = dataclasses.replace(one, state="done")
-        except (TesError, OSError, RuntimeError, MemoryError) as problem:  # PyTorch's own errors are RuntimeErrors
-            why = " ".join(str(problem).split()) or type(problem).__name__
-            one = dataclasses.replace(one, state="failed", reason=why)
-        if one.reason:
-            console.warn(f"{one.task}, {one.backbone}, {one.text}: {one.reason}")
-        made.put(one)
-        _write(made)
+    folder = user_path(out)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as problem:
+        raise RunError(f"The benchmark's folder `{folder}` cannot be made: {problem.strerror or problem}.") from None
+    with exclusive(folder):
+        made = _begin(folder, arms, figures)
+        done = {one.key for one in made.combinations if one.state == "done"}
+        for parts, _ in combinations:
+            if parts.combination.key not in done:
+                made.put(parts.combination)
+        unreadable: dict[str, str] = {}
+        for number, (parts, own) in enumerate(combinations, start=1):
+            one = parts.combination
+            console.note(f"{number}/{len(combinations)}: {one.task}, {one.backbone}, {one.text}")
+            made.put(one)
+            try:
+                if one.task not in unreadable:
+                    unreadable[one.task] = _unreadable(own, arms[0], shots[0], first_seed)
+                if why := unreadable[one.task]:
+                    one = dataclasses.replace(one, state="skipped", reason=why)
+                else:
+                    compare(
+                        own, arms, shots=shots, num_seeds=num_seeds, first_seed=first_seed, num_trials=num_trials,
+                        protocol=protocol, controls=controls, out=str(made.path / one.folder),
+                    )  # fmt: skip
+                    one = dataclasses.replace(one, state="done")
+            except (TesError, OSError, RuntimeError, MemoryError) as problem:  # PyTorch's own errors are RuntimeErrors
+                why = " ".join(str(problem).split()) or type(problem).__name__
+                one = dataclasses.replace(one, state="failed", reason=why)
+            if one.reason:
+                console.warn(f"{one.task}, {one.backbone}, {one.text}: {one.reason}")
+            made.put(one)
+            _write(made)
     if not any(one.state == "done" for one in made.combinations):
         raise RunError(
             f"Nothing could be compared; `{made.path / 'benchmark.md'}` says why: {made.combinations[0].reason}"
@@ -167,21 +174,20 @@ def _axis(name: str, parts: Sequence[_Part]) -> Sequence[_Part]:
 
 
 def _begin(folder: Path, arms: list[str], published: dict[tuple[str, ...], float]) -> Benchmark:
-    """Make the benchmark's folder, or go on with the one that is there: it only grows."""
+    """Begin a benchmark in a folder, or go on with the one that is there: it only grows."""
     if (folder / "benchmark.json").is_file():
         made = Benchmark.open(folder)
         made.arms = list(dict.fromkeys([*made.arms, *arms]))
-    elif folder.is_dir() and any(folder.iterdir()):
+    elif any(entry.name != ".lock" for entry in folder.iterdir()):
         raise RunError(f"`{folder}` holds files that are not a benchmark; choose another --out.")
     else:
         made = Benchmark(folder, arms)
     made.published |= published
     try:
-        folder.mkdir(parents=True, exist_ok=True)
         made.save()
         write_json(folder / "env.json", environment())
     except OSError as problem:
-        raise RunError(f"The benchmark's folder `{folder}` cannot be made: {problem.strerror or problem}.") from None
+        raise RunError(f"The benchmark's folder `{folder}` cannot be written: {problem.strerror or problem}.") from None
     return made
 
 
