@@ -6,7 +6,7 @@
 The half-width ResNet-18 of SHARED/weights (MoCo v2 on Tiny-ImageNet, 64 px), SGD. The search tries the same learning
 rates for every arm on Caltech-101 at 10 shots, seed 0, and reads val alone; the final takes for every arm the rate with
 the best mean per class there, on every data set. Every training leaves a row in F.jsonl, and is not repeated where its
-row is there.
+row is there; results/self_supervised.jsonl holds those done so far.
 """
 
 from __future__ import annotations
