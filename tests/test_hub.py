@@ -12,10 +12,12 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
+
+from small_hub import COMMIT, SmallHub
 
 LOOK = """
 import json, sys, time
@@ -32,8 +34,6 @@ for name in sys.argv[1:]:
     print(json.dumps([message, time.monotonic() - start]))
 """
 
-COMMIT = "0123456789abcdef0123456789abcdef01234567"
-
 
 def look(*names: str, home: Path, **environment: str) -> list[tuple[str, float]]:
     """Look for models in a process of its own (huggingface_hub reads its environment once); messages and seconds."""
@@ -49,14 +49,8 @@ def python(code: str, *arguments: str, home: Path, **environment: str) -> str:
     return run.stdout
 
 
-class Hub(BaseHTTPRequestHandler):
+class Hub(SmallHub):
     """Serves the folder `server.folder` as the model `owner/model`; knows a gated model, and is ill for another."""
-
-    def do_HEAD(self) -> None:
-        self.answer(with_body=False)
-
-    def do_GET(self) -> None:
-        self.answer(with_body=True)
 
     def answer(self, with_body: bool) -> None:
         path = self.path.partition("?")[0]
@@ -77,18 +71,6 @@ class Hub(BaseHTTPRequestHandler):
         if path.startswith("/owner/model/resolve/") and file in files:
             return self.reply(200, file.read_bytes(), with_body, {"ETag": f'"{digest(file)}"'})
         return self.reply(404, b"", with_body, {"X-Error-Code": "RepoNotFound"})
-
-    def reply(self, status: int, body: bytes | str, with_body: bool, headers: dict[str, str] | None = None) -> None:
-        body = body.encode() if isinstance(body, str) else body
-        self.send_response(status)
-        for key, value in {"X-Repo-Commit": COMMIT, "Content-Length": str(len(body)), **(headers or {})}.items():
-            self.send_header(key, value)
-        self.end_headers()
-        if with_body:
-            self.wfile.write(body)
-
-    def log_message(self, *arguments: object) -> None:
-        pass
 
 
 def digest(file: Path) -> str:

@@ -45,6 +45,11 @@ class MissingExtraError(TesError, ImportError):
     """An optional package is not installed; the message names the extra that brings it."""
 
 
+def one_line(problem: BaseException, limit: int | None = None) -> str:
+    """Return what an error says as one line, at most `limit` characters; its kind, where it says nothing."""
+    return " ".join(str(problem).split())[:limit] or type(problem).__name__
+
+
 def did_you_mean(word: str, options: Iterable[str]) -> str:
     """Return " Did you mean `x`?" for the option closest to `word`, or "" where none is close."""
     by_lower = {option.lower(): option for option in options}

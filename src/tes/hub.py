@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from typing import Literal
 
-from tes.errors import TesError
+from tes.errors import TesError, one_line
 
 PATIENCE_SECONDS = 10.0  # for the whole look; a user without a network reads the sentence well within 15 s
 SECONDS_PER_REQUEST = 6.0
@@ -83,5 +83,5 @@ def require_hub(
                 f"try again later, or {offline_choice}."
             )
         case [problem]:
-            reason = " ".join(str(problem).split()) or type(problem).__name__
+            reason = one_line(problem)
             raise error(f"{absent}, and the Hub ({hub}) cannot be reached ({reason}): {offline_choice}.") from problem

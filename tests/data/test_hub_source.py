@@ -11,7 +11,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Sequence
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import ThreadingHTTPServer
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +21,7 @@ import pytest
 from PIL import Image
 
 import tes
+from small_hub import SmallHub
 from tes.config import DataConfig
 from tes.data.dataset import open_dataset
 from tes.data.source import open_source
@@ -160,17 +161,8 @@ def test_a_model_is_trained_from_it(dataset_folder, resnet, tmp_path):
         assert all(Path(row["path"]).is_file() for row in csv.DictReader(file))  # so that it can be trained on
 
 
-COMMIT = "0123456789abcdef0123456789abcdef01234567"
-
-
-class Hub(BaseHTTPRequestHandler):
+class Hub(SmallHub):
     """Serves the folder `server.folder` as the branch `refs/convert/parquet` of the data set `owner/animals`."""
-
-    def do_HEAD(self) -> None:
-        self.answer(with_body=False)
-
-    def do_GET(self) -> None:
-        self.answer(with_body=True)
 
     def answer(self, with_body: bool) -> None:
         path = self.path.partition("?")[0].replace("%2F", "/")
@@ -190,17 +182,6 @@ class Hub(BaseHTTPRequestHandler):
             return self.reply(200, content, with_body, {"ETag": f'"{hashlib.sha1(content).hexdigest()}"'})
         code = "RepoNotFound" if "owner/animals" not in path else "EntryNotFound"
         return self.reply(404, b"", with_body, {"X-Error-Code": code})
-
-    def reply(self, status: int, body: bytes, with_body: bool, headers: dict[str, str] | None = None) -> None:
-        self.send_response(status)
-        for key, value in {"X-Repo-Commit": COMMIT, "Content-Length": str(len(body)), **(headers or {})}.items():
-            self.send_header(key, value)
-        self.end_headers()
-        if with_body:
-            self.wfile.write(body)
-
-    def log_message(self, *arguments: object) -> None:
-        pass
 
 
 LOOK = """

@@ -18,7 +18,7 @@ from pathlib import Path, PurePosixPath
 
 from tes import console
 from tes.data.task import Download
-from tes.errors import DataError
+from tes.errors import DataError, one_line
 from tes.files import md5_file
 
 BLOCK = 2**20
@@ -104,7 +104,7 @@ def unpack(archive: Path, folder: Path) -> None:
         for entry in sorted(temporary.iterdir()):
             _move_into(entry, folder / entry.name)
     except _DAMAGED as problem:
-        reason = " ".join(str(problem).split())[:200] or type(problem).__name__
+        reason = one_line(problem, 200)
         raise DataError(f"`{archive}` is damaged or not safe to unpack: {reason}.") from None
     except OSError as problem:
         raise DataError(f"`{archive}` cannot be unpacked into `{folder}`: {problem.strerror or problem}.") from None

@@ -22,7 +22,7 @@ from urllib.parse import parse_qsl
 from tes import console
 from tes.data.names import readable_name
 from tes.data.source import SPLIT_WORDS, LocalSource, Sample
-from tes.errors import DataError, MissingExtraError, did_you_mean, listing
+from tes.errors import DataError, MissingExtraError, did_you_mean, listing, one_line
 from tes.files import cache_dir, sha256_text, user_path, write_json
 from tes.hub import require_hub
 
@@ -221,7 +221,7 @@ def fetch_shards(name: str, config: str | None) -> list[Shard]:
         raise
     except Exception as problem:
         # Network, disk or Hub, as whichever library is underneath calls it: what was fetched so far is kept.
-        reason = " ".join(str(problem).split()) or type(problem).__name__
+        reason = one_line(problem)
         raise DataError(
             f"Fetching `{name}` from the Hub broke off ({reason}): run it again, or {offline}."
         ) from problem
@@ -236,7 +236,7 @@ def _columns(ref: str, file: Path, options: Mapping[str, str]) -> Columns:
     try:
         schema = pq.read_schema(file)
     except (pa.ArrowException, OSError) as problem:
-        raise DataError(f"`{file}` is not a readable Parquet file: {_one_line(problem)}.") from None
+        raise DataError(f"`{file}` is not a readable Parquet file: {one_line(problem, 200)}.") from None
     features = _features(schema)
     images = [field.name for field in schema if _is_image(field, features)]
     classes = [name for name, feature in features.items() if feature.get("_type") == "ClassLabel"]
@@ -301,7 +301,7 @@ def _unpacked(ref: str, file: Path, columns: Columns) -> Iterator[tuple[Path, st
             rows = _unpack(file, columns, folder)
         except (pa.ArrowException, OSError) as problem:
             raise DataError(
-                f"`{file}` of `hf:{ref}` cannot be unpacked into `{folder.parent}`: {_one_line(problem)}."
+                f"`{file}` of `hf:{ref}` cannot be unpacked into `{folder.parent}`: {one_line(problem, 200)}."
             ) from None
     for name, label in rows:
         yield folder / name, label
@@ -347,7 +347,3 @@ def _label(value: Any, names: tuple[str, ...] | None) -> str | None:
             raise DataError(f"A label of the data set is {value}, but there are {len(names)} classes.")
         return names[value]
     return str(value)
-
-
-def _one_line(problem: Exception) -> str:
-    return " ".join(str(problem).split())[:200] or type(problem).__name__

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from tes.errors import ModelError, did_you_mean, listing
+from tes.errors import ModelError, did_you_mean, listing, one_line
 from tes.models.layouts import PLAIN, Layout, has_classifier, image_projection, recognise
 from tes.run import Run
 
@@ -110,7 +110,7 @@ def _read(path: Path) -> tuple[dict[str, Tensor], str | None]:
             return _unwrapped(load_file(path)), None
         except (SafetensorError, OSError, ValueError, KeyError, TypeError, RuntimeError) as problem:
             raise ModelError(
-                f"The checkpoint `{path}` is not a readable safetensors file: {_one_line(problem)}."
+                f"The checkpoint `{path}` is not a readable safetensors file: {one_line(problem, 200)}."
             ) from None
     try:
         with warnings.catch_warnings():
@@ -123,7 +123,9 @@ def _read(path: Path) -> tuple[dict[str, Tensor], str | None]:
         ) from None
     except RuntimeError as problem:
         if "TorchScript" not in str(problem):
-            raise ModelError(f"The checkpoint `{path}` is damaged or no PyTorch file: {_one_line(problem)}.") from None
+            raise ModelError(
+                f"The checkpoint `{path}` is damaged or no PyTorch file: {one_line(problem, 200)}."
+            ) from None
         items, out = f"torch.jit.load('{path}', 'cpu').state_dict().items()", path.with_suffix(".safetensors")
         raise ModelError(
             f"The checkpoint `{path}` is a TorchScript archive, a program with its weights (OpenAI's CLIP comes so),"
@@ -132,7 +134,7 @@ def _read(path: Path) -> tuple[dict[str, Tensor], str | None]:
             f" save_file({{k: v.contiguous() for k, v in {items}}}, '{out}')\"."
         ) from None
     except Exception as problem:  # PyTorch's unpickler raises nearly anything on damaged files
-        raise ModelError(f"The checkpoint `{path}` is damaged or no PyTorch file: {_one_line(problem)}.") from None
+        raise ModelError(f"The checkpoint `{path}` is damaged or no PyTorch file: {one_line(problem, 200)}.") from None
     return _unwrap(content, path)
 
 
@@ -246,7 +248,3 @@ def _grouped(aside: Sequence[str], kept: set[str]) -> str:
 
 def _kind(network: nn.Module) -> str:
     return type(network).__name__
-
-
-def _one_line(problem: Exception) -> str:
-    return " ".join(str(problem).split())[:200] or type(problem).__name__

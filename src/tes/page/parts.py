@@ -16,7 +16,7 @@ import jinja2
 import numpy as np
 from markupsafe import Markup, escape
 
-from tes.errors import TesError
+from tes.errors import TesError, one_line
 from tes.files import read_json
 from tes.metrics import CalibrationBins
 from tes.page.charts import Series
@@ -70,7 +70,7 @@ def section(id_: str, title: str, make: Callable[[], dict[str, Any] | str]) -> S
         return Section(id_, title, missing=str(problem))
     except (OSError, KeyError, TypeError, ValueError, IndexError, AttributeError, ArithmeticError) as problem:
         # What a damaged file can lead to, in places too many to name; the rest of the page is still worth having.
-        detail = " ".join(str(problem).split()) or type(problem).__name__
+        detail = one_line(problem)
         return Section(id_, title, missing=f"What the folder holds for this part is damaged ({detail}).")
     return Section(id_, title, missing=made) if isinstance(made, str) else Section(id_, title, content=made)
 

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from tes.console import note, progress
-from tes.errors import TextError
+from tes.errors import TextError, one_line
 from tes.files import sha256_file, sha256_text, user_path
 from tes.hub import require_hub
 from tes.text.encoder import TextEncoder
@@ -247,7 +247,7 @@ def _hub_snapshot(kind: str, name: str, kept: Kept) -> Path:
         return snapshot(local_files_only=False)
     except Exception as problem:
         # Network, disk or Hub, as whichever library is underneath calls it: what was fetched so far is kept.
-        reason = " ".join(str(problem).split()) or type(problem).__name__
+        reason = one_line(problem)
         raise TextError(
             f"Fetching `{name}` from the Hub broke off ({reason}): run it again, or {offline_choice}."
         ) from problem

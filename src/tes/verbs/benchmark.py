@@ -12,7 +12,7 @@ from typing import Any
 from tes import console, data
 from tes.benchmark_folder import Benchmark, Combination, read_published, write_tables
 from tes.comparison import BASELINE
-from tes.errors import ConfigError, DataError, RunError, TesError
+from tes.errors import ConfigError, DataError, RunError, TesError, one_line
 from tes.files import sha256_text, user_path, write_atomic, write_json
 from tes.objectives import objectives
 from tes.page import benchmark_page
@@ -122,7 +122,7 @@ def benchmark(
                     )  # fmt: skip
                     one = dataclasses.replace(one, state="done")
             except (TesError, OSError, RuntimeError, MemoryError) as problem:  # PyTorch's own errors are RuntimeErrors
-                why = " ".join(str(problem).split()) or type(problem).__name__
+                why = one_line(problem)
                 one = dataclasses.replace(one, state="failed", reason=why)
             if one.reason:
                 console.warn(f"{one.task}, {one.backbone}, {one.text}: {one.reason}")

@@ -12,7 +12,7 @@ from tes.data.hub import HubSource
 from tes.data.source import LocalSource, open_source
 from tes.data.task import load_task, task_names
 from tes.data.task_source import find_folder
-from tes.errors import RunError, did_you_mean
+from tes.errors import RunError, did_you_mean, one_line
 from tes.files import user_path, write_atomic
 from tes.page import comparison_page, run_page
 from tes.page.comparison_page import Findings as ComparisonFindings
@@ -53,7 +53,7 @@ def report(
         try:
             content = comparison_page(ComparisonFindings(opened, photos))
         except (KeyError, TypeError, ValueError, IndexError, AttributeError) as problem:  # as `section`, of its head
-            detail = " ".join(str(problem).split()) or type(problem).__name__
+            detail = one_line(problem)
             raise RunError(
                 f"The summary.json or compare.json of `{opened.path}` is damaged ({detail}); remove summary.json and"
                 " run the same `tes compare` again: finished cells are kept."
