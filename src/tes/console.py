@@ -90,12 +90,12 @@ class _Lines:
             rate = self.done / (now - self.start)
             left = _duration((self.total - self.done) / rate) if rate else "?"
             values = "".join(f", {name} {value:.4g}" for name, value in figures.items())
-            _say(f"{self.label}: {self.done}/{self.total} {self.unit}, {rate:.3g}/s, {left} left{values}")
+            _say(f"{self.label}: {self.done}/{self.total} {self.unit}, {_number(rate)}/s, {left} left{values}")
 
     def close(self) -> None:
         seconds = time.monotonic() - self.start
         if seconds >= 2 and self.done:
-            _say(f"{self.label}: {self.done} {self.unit} in {_duration(seconds)} ({self.done / seconds:.3g}/s)")
+            _say(f"{self.label}: {self.done} {self.unit} in {_duration(seconds)} ({_number(self.done / seconds)}/s)")
 
 
 class _Bar:
@@ -122,7 +122,7 @@ class _Bar:
 
     def advance(self, amount: int = 1, **figures: Any) -> None:
         self.done += amount
-        rate = f"{self.done / max(time.monotonic() - self.start, 1e-9):.3g} {self.unit}/s"
+        rate = f"{_number(self.done / max(time.monotonic() - self.start, 1e-9))} {self.unit}/s"
         values = " ".join(f"{name} {value:.4g}" for name, value in figures.items())
         self.bar.update(self.task, advance=amount, rate=rate, **({"figures": values} if figures else {}))
 
@@ -134,3 +134,8 @@ def _duration(seconds: float) -> str:
     minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours} h {minutes} min" if hours else f"{minutes} min {seconds} s" if minutes else f"{seconds} s"
+
+
+def _number(rate: float) -> str:
+    """Return three digits, but never a power of ten: 1.23, 45.6, 1,650."""
+    return f"{rate:,.0f}" if rate >= 100 else f"{rate:.3g}"

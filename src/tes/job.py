@@ -16,9 +16,10 @@ import torch
 from tes import against as against_room
 from tes import console, data, resume, run_writer, text
 from tes.card import model_card
-from tes.config import PRIOR_STARTS, Config, DataConfig
+from tes.config import PRIOR_STARTS, CheckpointConfig, Config, DataConfig
 from tes.data.dataset import Dataset
 from tes.engine.checkpoint import Checkpoint
+from tes.engine.features import FrozenFeatures
 from tes.engine.fit import Fitted, Given, fit
 from tes.engine.learner import Learner
 from tes.engine.loader import steps_per_epoch
@@ -34,6 +35,8 @@ from tes.predictions import Predictions, in_common
 from tes.run import FORMAT
 from tes.search import choose, draw_trials, space
 from tes.settle import settle
+from tes.text.classifier import TextClassifier
+from tes.text.vocabulary import NearestSource
 
 PAPER_EPOCHS = 5
 """The authors' code looks at the test split every so many epochs."""
@@ -79,6 +82,125 @@ class Protocol:
         return {name: indices for name, indices in parts.items() if len(indices)}
 
 
+@dataclass(frozen=True)
+class Job:
+    """One run, before anything of it is trained: everything is decided, and what it is made from is at hand.
+
+    Attributes:
+        asked: The settings as they were given; of a run that goes on, with what was decided for the machine.
+        config: The settings without a gap; a trial's differ in what is searched.
+        loaded: The data and the backbone.
+        given: What a fit builds on, from the run's draw.
+        class_text: The text classifier, for objectives and starts that need one.
+        sources: The nearest source name per class, for starts with a text prior.
+        protocol: How the run is chosen and scored.
+        train: The images to train on.
+        choosing: The images that epochs and trials are judged by.
+    """
+
+    asked: Config
+    config: Config
+    loaded: Loaded
+    given: Given
+    class_text: TextClassifier | None
+    sources: list[NearestSource] | None
+    protocol: Protocol
+    train: np.ndarray
+    choosing: np.ndarray
+
+    @property
+    def arm(self) -> str:
+        """What the run is called in a comparison."""
+        return self.asked.arm
+
+    @property
+    def dataset(self) -> Dataset:
+        """The data, with the run's draw."""
+        return self.given.dataset
+
+    @property
+    def objective_class(self) -> type[Objective]:
+        """The class of the objective."""
+        return objectives.get(self.config.objective.name)
+
+    @property
+    def frozen(self) -> FrozenFeatures | None:
+        """The features that hold for the finished model too; None where the backbone is trained."""
+        return self.given.features if self.config.train == "head" else None
+
+    def with_settings(self, settings: dict[str, Any]) -> Job:
+        """Return the job of a trial."""
+        config = self.config.replace(settings)
+        return replace(self, config=config, given=replace(self.given, prior=self.loaded.prior(config)))
+
+    def content(self) -> dict[str, str]:
+        """Return what settings only name, by hash: a run that goes on must find the same."""
+        dataset, class_text = self.dataset, self.class_text
+        return {
+            "images": sha256_text(dataset.paths, dataset.labels.tolist(), dataset.splits.tolist(), dataset.sha1s),
+            "weights": self.loaded.backbone.fingerprint,
+            "texts": "" if class_text is None else sha256_text(class_text.Z.tobytes().hex()),
+            "protocol": self.protocol.name,
+        }
+
+
+def prepare(
+    config: Config,
+    loaded: Loaded,
+    protocol: Protocol = Protocol(),
+    *,
+    store: MutableMapping[str, Any] | None = None,
+    begun_in: Path | None = None,
+) -> Job:
+    """Draw the images, decide what is open, embed the texts, and say all of it; nothing is trained or written.
+
+    Args:
+        config: As the user left it; gaps are decided here.
+        loaded: The data and the backbone that it names.
+        protocol: How the run is chosen and scored.
+        store: What arms share, see `Given`.
+        begun_in: The folder with the beginning of this very run, if it goes on.
+
+    Raises:
+        TesError: What would stop the training.
+    """
+    objective_class = objectives.get(config.objective.name)
+    dataset = data.draw(loaded.dataset, config.data, config.seed)
+    _describe(dataset)
+    train = protocol.training(dataset)
+    if begun_in is not None:
+        config = resume.as_begun(config, begun_in)
+    settled = settle(config, dataset, loaded.backbone, objective_class, loaded.source_text, len(train))
+    asked, config = config, settled.config
+    if begun_in is not None:
+        resume.refuse_other(config, begun_in)
+    has_prior = config.start in PRIOR_STARTS
+    class_text = None
+    if "class_text" in objective_class.needs or has_prior:
+        class_text = loaded.class_text(config.text)
+        _note_all(class_text.notes)
+        for line in text.warnings(class_text, dataset.classes):
+            console.warn(line)
+    _note_all(loaded.backbone.notes)
+    if settled.reasons:
+        _note_all(["decided for you:", *settled.reasons])
+    rows_CD = torch.from_numpy(class_text.Z) if class_text is not None else None
+    given = Given(
+        dataset, loaded.features(settled.compute), rows_CD, loaded.prior(config), {} if store is None else store
+    )
+    return Job(
+        asked=asked,
+        config=config,
+        loaded=loaded,
+        given=given,
+        class_text=class_text,
+        sources=loaded.nearest() if has_prior else None,
+        protocol=protocol,
+        train=train,
+        choosing=protocol.choosing(dataset),
+    )
+
+
 def run_job(
     config: Config,
     loaded: Loaded,
@@ -110,177 +232,111 @@ def run_job(
         TesError: A sentence about the input or the environment.
     """
     began = time.monotonic()
-    objective_class: type[Objective] = objectives.get(config.objective.name)
-    arm = config.arm
-    dataset = data.draw(loaded.dataset, config.data, config.seed)
-    describe(dataset)
-    train, choosing = protocol.training(dataset), protocol.choosing(dataset)
-    if goes_on:
-        config = resume.as_begun(config, folder)
-    asked = config
-    settled = settle(config, dataset, loaded.backbone, objective_class, loaded.source_text, len(train))
-    config, compute = settled.config, settled.compute
-    if goes_on:
-        resume.refuse_other(config, folder)
-    class_text = None
-    if "class_text" in objective_class.needs or config.start in PRIOR_STARTS:
-        class_text = loaded.class_text(config.text)
-        _note_all(class_text.notes)
-        for line in text.warnings(class_text, dataset.classes):
-            console.warn(line)
-    _note_all(loaded.backbone.notes)
-    if settled.reasons:
-        _note_all(["decided for you:", *settled.reasons])
-
-    # The fit, and what it says about images it has not seen.
-    features = loaded.features(compute)
-    rows_CD = torch.from_numpy(class_text.Z) if class_text is not None else None
-    given = Given(dataset, features, rows_CD, loaded.prior(config), {} if store is None else store)
-    sources = loaded.nearest() if config.start in PRIOR_STARTS else None
-    content = {
-        "images": sha256_text(dataset.paths, dataset.labels.tolist(), dataset.splits.tolist(), dataset.sha1s),
-        "weights": loaded.backbone.fingerprint,
-        "texts": "" if class_text is None else sha256_text(class_text.Z.tobytes().hex()),
-        "protocol": protocol.name,
-    }
-    if goes_on:
-        resume.refuse_other_content(folder, content)
-        (folder / "metrics.jsonl").unlink(missing_ok=True)  # its rows up to the saved state are logged again from there
-    run_writer.write_inputs(folder, config, loaded.backbone.images)
-    run_writer.write_classes(folder, dataset, class_text, sources)
-    kept: dict[str, str] = {}
-    if shared is None:
-        run_writer.write_splits(folder / "splits.csv", dataset)
-    else:
-        draw = (config.data.shots, config.data.fraction, config.seed)
-        kept["splits.csv"] = shared.keep("splits.csv", draw, lambda path: run_writer.write_splits(path, dataset))
-    if config.train != "head":
-        resume.begin(folder, content)
+    job = prepare(config, loaded, protocol, store=store, begun_in=folder if goes_on else None)
+    kept = _write_beginning(folder, job, shared, goes_on)
     on_ready()
-    log = partial(_append, folder / "metrics.jsonl")
-
-    def checkpoint(name: str) -> Checkpoint:
-        timing = partial(_log_save, folder / "timing.jsonl", name)
-        path = folder / "state" / f"{name}.safetensors" if config.train != "head" else None
-        return Checkpoint(path, config.checkpoint, timing)
-
+    journal = _Journal(folder, job.config.checkpoint, keeps_states=job.config.train != "head")
     said: dict[str, Predictions] = {}
-    if shared is None and config.start != "random" and len(train):
-        said["train"] = out_of_fold(config, given)
+    if shared is None and job.config.start != "random" and len(job.train):
+        said["train"] = out_of_fold(job.config, job.given)
         run_writer.write_out_of_fold(folder, said["train"])
-    coarse = run_writer.coarse_names(dataset)
 
-    def score(learner: Learner) -> dict[str, Any]:
-        return evaluate_split(predict(learner, dataset, choosing), coarse)
-
-    attempts: list[_Attempt] = []
-    selected = 0
-    for number, settings in enumerate(draw_trials(space(config, objective_class), protocol.num_trials)):
-        kept_in = checkpoint(f"trial-{number}")
-        attempts.append(_attempt(config, settings, loaded, given, train, choosing, protocol, log, score, kept_in))
-        selected = _select(attempts, protocol)
-        # The networks of those that can no longer be chosen are let go of.
-        attempts = [
-            attempt if number in (0, selected) else replace(attempt, fitted=None)
-            for number, attempt in enumerate(attempts)
-        ]
-    config, given, fitted = attempts[selected].config, attempts[selected].given, attempts[selected].fitted
+    trials, selected = _train(job, journal)
+    job, fitted = trials[selected].job, trials[selected].fitted
     assert fitted is not None
     if selected:
-        run_writer.write_inputs(folder, config, loaded.backbone.images)
+        run_writer.write_inputs(folder, job.config, loaded.backbone.images)
     if "kl_label_to_reference" in fitted.figures:
         distance = fitted.figures["kl_label_to_reference"]
-        console.note(f"KL(label ‖ softened target) is {distance:.3g} on average; at 0 `{arm}` is plain cross-entropy")
-    frozen = features if config.train == "head" else None
-    metrics: dict[str, Any] = {}
-    for split, indices in protocol.scored(dataset, config.data).items():
-        said[split] = predict(fitted.learner, dataset, indices, frozen)
-        metrics[split] = run_writer.write_predictions(folder, split, said[split], dataset)
-        log({"split": split, "step": config.optim.num_steps or 0, "heads": metrics[split]})
+        console.note(
+            f"KL(label ‖ softened target) is {distance:.3g} on average; at 0 `{job.arm}` is plain cross-entropy"
+        )
+    metrics = _score(folder, job, fitted, said, journal)
     if shared is None:
         head = fitted.learner.objective.default_head
-        run_writer.write_thumbnails(folder / "thumbnails", dataset, worth_showing(said, head))
+        run_writer.write_thumbnails(folder / "thumbnails", job.dataset, worth_showing(said, head))
 
-    # What is shipped.
-    if config.refit != "none":
-        splits = ("train", "val") if config.refit == "trainval" else ("train", "val", "test", "unused")
-        console.note(f"refit on {' + '.join(splits)}; all figures are those before the refit")
-        everything = np.sort(np.concatenate([dataset.indices(split) for split in splits]))
-        log_refit = partial(_log_more, log, {"refit": True})
-        shipped = fit(config, given, everything, log=log_refit, checkpoint=checkpoint("refit"))
-    else:
-        shipped = fitted
+    shipped = fitted if job.config.refit == "none" else _refit(job, journal)
     if shipped.trust_C is not None:
-        run_writer.write_classes(folder, dataset, class_text, sources, shipped.trust_C)
-    kept |= run_writer.write_model(folder, shipped, class_text, shared if config.train == "head" else None)
+        run_writer.write_classes(folder, job.dataset, job.class_text, job.sources, shipped.trust_C)
+    kept |= run_writer.write_model(folder, shipped, job.class_text, shared if job.config.train == "head" else None)
 
-    summary = {
-        "format": FORMAT,
-        "status": "complete",
-        "arm": arm,
-        "start": config.start,
-        "train": config.train,
-        "refit": config.refit,
-        "protocol": protocol.name,
-        "default_head": shipped.learner.objective.default_head,
-        "primary_metric": dataset.metric,
-        "data": dataset.name,
-        "num_classes": dataset.num_classes,
-        "num_train": len(dataset.present(train)),
-        "num_val": 0 if protocol.name == "paper" else len(dataset.present(dataset.indices("val"))),
-        "num_test": len(dataset.present(dataset.indices("test"))),
-        "num_pool": int((dataset.splits != "test").sum()),
-        "unreadable": [{"path": path, "reason": reason} for path, reason in dataset.unreadable],
-        "backbone": {"name": config.backbone.name, "fingerprint": loaded.backbone.fingerprint},
-        "text": {"encoder": class_text.encoder} if class_text is not None else None,
-        "objective": fitted.figures,
-        "metrics": metrics,
-    }
-    if dataset.lost:
-        summary["lost"] = [{"path": dataset.paths[index], "reason": why} for index, why in sorted(dataset.lost.items())]
-        console.warn(f"{len(dataset.lost)} images were lost on the way and done without: `lost` in run.json lists them")
-    if fitted.trust_C is not None:
-        summary["prior"] = {
-            "form": config.prior.form,
-            "trust": round(fitted.trust_C.mean().item(), 6),
-            "num_known": sum(source.known for source in sources or ()),
-        }
+    summary = _summary(job, fitted, shipped, metrics)
     if protocol.num_trials > 1:
-        summary["trials"] = [attempt.row() for attempt in attempts]
+        summary["trials"] = [trial.row() for trial in trials]
         summary["selected_trial"] = selected
     if kept:
         summary["shared"] = kept
-    is_plain = config.objective.name == "ce" and config.start == "probe"
-    wanted = config.train == "head" if against is None else against
-    if wanted and not is_plain and protocol.name != "paper" and len(choosing) and len(train):
+    if _has_rival(job, against):
         summary["against"] = against_room.against_ce(
-            asked, loaded, given, train, choosing, fitted.learner, frozen, log, checkpoint("against")
-        )
-        console.note(against_room.render(arm, summary["against"]))
-    write_atomic(folder / "README.md", model_card(dataset.classes, summary, config.seed, objective_class.citation))
+            job.asked, loaded, job.given, job.train, job.choosing, fitted.learner, job.frozen, journal.log,
+            journal.checkpoint("against"),
+        )  # fmt: skip
+        console.note(against_room.render(job.arm, summary["against"]))
+    card = model_card(job.dataset.classes, summary, job.config.seed, job.objective_class.citation)
+    write_atomic(folder / "README.md", card)
     append_jsonl(folder / "timing.jsonl", {"seconds": round(time.monotonic() - began, 3)})
     run_writer.write_summary(folder, summary)
     shutil.rmtree(folder / "state", ignore_errors=True)
 
 
-def _append(path: Path, row: dict[str, Any]) -> None:
-    try:
-        append_jsonl(path, row)
-    except OSError as problem:
-        raise RunError(f"`{path}` cannot be written: {problem.strerror or problem}.") from None
+@dataclass(frozen=True)
+class _Journal:
+    """What a training leaves while it goes: the rows of metrics.jsonl, and its state."""
+
+    folder: Path
+    often: CheckpointConfig
+    keeps_states: bool
+
+    def log(self, row: dict[str, Any]) -> None:
+        self._append("metrics.jsonl", row)
+
+    def log_with(self, more: dict[str, Any]) -> Callable[[dict[str, Any]], None]:
+        """Return a `log` that adds `more` to every row."""
+        return lambda row: self.log(row | more)
+
+    def checkpoint(self, training: str) -> Checkpoint:
+        """Return where a training's state is kept: nowhere, if all of it takes no steps."""
+        path = self.folder / "state" / f"{training}.safetensors" if self.keeps_states else None
+        return Checkpoint(path, self.often, partial(self._log_save, training))
+
+    def _log_save(self, training: str, step: int, seconds: float, num_bytes: int) -> None:
+        row = {"saved": training, "step": step, "seconds": round(seconds, 4), "bytes": num_bytes}
+        self._append("timing.jsonl", row)
+
+    def _append(self, name: str, row: dict[str, Any]) -> None:
+        path = self.folder / name
+        try:
+            append_jsonl(path, row)
+        except OSError as problem:
+            raise RunError(f"`{path}` cannot be written: {problem.strerror or problem}.") from None
 
 
-def _log_save(path: Path, name: str, step: int, seconds: float, num_bytes: int) -> None:
-    _append(path, {"saved": name, "step": step, "seconds": round(seconds, 4), "bytes": num_bytes})
+def _write_beginning(folder: Path, job: Job, shared: run_writer.Shared | None, goes_on: bool) -> dict[str, str]:
+    """Write all that is known before training; return what is kept in `shared/` instead, by its name in a run."""
+    content = job.content()
+    if goes_on:
+        resume.refuse_other_content(folder, content)
+        (folder / "metrics.jsonl").unlink(missing_ok=True)  # its rows up to the saved state are logged again from there
+    run_writer.write_inputs(folder, job.config, job.loaded.backbone.images)
+    run_writer.write_classes(folder, job.dataset, job.class_text, job.sources)
+    kept: dict[str, str] = {}
+    if shared is None:
+        run_writer.write_splits(folder / "splits.csv", job.dataset)
+    else:
+        draw = (job.config.data.shots, job.config.data.fraction, job.config.seed)
+        kept["splits.csv"] = shared.keep("splits.csv", draw, lambda path: run_writer.write_splits(path, job.dataset))
+    if job.config.train != "head":
+        resume.begin(folder, content)
+    return kept
 
 
 @dataclass(frozen=True)
-class _Attempt:
-    """One trial: what it set, what came out, and what it says about the images that choose."""
+class _Trial:
+    """One trial of the search: what it set, what came out, and what that says about the images that choose."""
 
     settings: dict[str, Any]
-    config: Config
-    given: Given
+    job: Job
     fitted: Fitted | None
     head: str
     predictions: Predictions | None
@@ -293,58 +349,136 @@ class _Attempt:
         return {"settings": self.settings} | figures
 
 
-def _attempt(
-    config: Config,
-    settings: dict[str, Any],
-    loaded: Loaded,
-    given: Given,
-    train: np.ndarray,
-    choosing: np.ndarray,
-    protocol: Protocol,
-    log: Callable[[dict[str, Any]], None],
-    score: Callable[[Learner], dict[str, Any]],
-    checkpoint: Checkpoint,
-) -> _Attempt:
+def _train(job: Job, journal: _Journal) -> tuple[list[_Trial], int]:
+    """Return the trials, the first of them with the defaults, and which is chosen; without a search there is one."""
+    trials: list[_Trial] = []
+    selected = 0
+    for number, settings in enumerate(draw_trials(space(job.config, job.objective_class), job.protocol.num_trials)):
+        trials.append(_train_trial(number, settings, job, journal))
+        selected = _select(trials, job.protocol)
+        # The networks of those that can no longer be chosen are let go of.
+        trials = [
+            trial if number in (0, selected) else replace(trial, fitted=None) for number, trial in enumerate(trials)
+        ]
+    return trials, selected
+
+
+def _train_trial(number: int, settings: dict[str, Any], job: Job, journal: _Journal) -> _Trial:
+    log = journal.log
     if settings:
-        if "optim.learning_rate" in settings:
-            assert config.optim.learning_rate and config.optim.head_learning_rate, "settled"
-            ratio = config.optim.head_learning_rate / config.optim.learning_rate
-            settings = settings | {"optim.head_learning_rate": ratio * settings["optim.learning_rate"]}
-        config = config.replace(settings)
-        given = replace(given, prior=loaded.prior(config))
-        log = partial(_log_more, log, {"trial": settings})
-    paper = protocol.name == "paper"
+        settings = _with_head_rate(settings, job.config)
+        job = job.with_settings(settings)
+        log = journal.log_with({"trial": settings})
+    coarse = run_writer.coarse_names(job.dataset)
+
+    def evaluate(learner: Learner) -> dict[str, Any]:
+        return evaluate_split(predict(learner, job.dataset, job.choosing), coarse)
+
+    on_test = job.protocol.name == "paper"
+    looks_every = PAPER_EPOCHS * steps_per_epoch(len(job.train), job.config.optim.batch_size) if on_test else None
     fitted = fit(
-        config, given, train, log=log, evaluate=score if len(choosing) else None, keep_best=paper,
-        evaluate_every=PAPER_EPOCHS * steps_per_epoch(len(train), config.optim.batch_size) if paper else None,
-        checkpoint=checkpoint,
-    )  # fmt: skip
+        job.config,
+        job.given,
+        job.train,
+        log=log,
+        evaluate=evaluate if len(job.choosing) else None,
+        keep_best=on_test,
+        evaluate_every=looks_every,
+        checkpoint=journal.checkpoint(f"trial-{number}"),
+    )
     predictions = None
-    if len(choosing) and protocol.num_trials > 1:
-        frozen = given.features if config.train == "head" else None
-        predictions = predict(fitted.learner, given.dataset, choosing, frozen)
-    return _Attempt(settings, config, given, fitted, fitted.learner.objective.default_head, predictions)
+    if len(job.choosing) and job.protocol.num_trials > 1:
+        predictions = predict(fitted.learner, job.dataset, job.choosing, job.frozen)
+    return _Trial(settings, job, fitted, fitted.learner.objective.default_head, predictions)
 
 
-def _log_more(log: Callable[[dict[str, Any]], None], more: dict[str, Any], row: dict[str, Any]) -> None:
-    log(row | more)
+def _with_head_rate(settings: dict[str, Any], config: Config) -> dict[str, Any]:
+    """Move the head's learning rate with the backbone's."""
+    if "optim.learning_rate" not in settings:
+        return settings
+    assert config.optim.learning_rate and config.optim.head_learning_rate, "settled"
+    ratio = config.optim.head_learning_rate / config.optim.learning_rate
+    return settings | {"optim.head_learning_rate": ratio * settings["optim.learning_rate"]}
 
 
-def _select(attempts: list[_Attempt], protocol: Protocol) -> int:
-    predictions = [attempt.predictions for attempt in attempts if attempt.predictions is not None]
-    if len(predictions) < len(attempts):
+def _select(trials: list[_Trial], protocol: Protocol) -> int:
+    predictions = [trial.predictions for trial in trials if trial.predictions is not None]
+    if len(predictions) < len(trials):
         return 0
     predictions = in_common(predictions)
-    heads = [attempt.head for attempt in attempts]
+    heads = [trial.head for trial in trials]
     if protocol.name == "paper":
-        metric = attempts[0].given.dataset.metric
+        metric = trials[0].job.dataset.metric
         scores = [evaluate_split(said)[head][metric] for said, head in zip(predictions, heads)]
         return int(np.argmax(scores))
     losses = [image_losses(said, head) for said, head in zip(predictions, heads)]
     return choose(losses)
 
 
-def describe(dataset: Dataset) -> None:
+def _score(folder: Path, job: Job, fitted: Fitted, said: dict[str, Predictions], journal: _Journal) -> dict[str, Any]:
+    """Predict the splits to be scored, into `said` and the folder; return the metrics by split and head."""
+    metrics: dict[str, Any] = {}
+    for split, indices in job.protocol.scored(job.dataset, job.config.data).items():
+        said[split] = predict(fitted.learner, job.dataset, indices, job.frozen)
+        metrics[split] = run_writer.write_predictions(folder, split, said[split], job.dataset)
+        journal.log({"split": split, "step": job.config.optim.num_steps or 0, "heads": metrics[split]})
+    return metrics
+
+
+def _refit(job: Job, journal: _Journal) -> Fitted:
+    """Train once more, on what chose and maybe on test as well: this is what is shipped."""
+    splits = ("train", "val") if job.config.refit == "trainval" else ("train", "val", "test", "unused")
+    console.note(f"refit on {' + '.join(splits)}; all figures are those before the refit")
+    indices = np.sort(np.concatenate([job.dataset.indices(split) for split in splits]))
+    log, checkpoint = journal.log_with({"refit": True}), journal.checkpoint("refit")
+    return fit(job.config, job.given, indices, log=log, checkpoint=checkpoint)
+
+
+def _summary(job: Job, fitted: Fitted, shipped: Fitted, metrics: dict[str, Any]) -> dict[str, Any]:
+    """Return what run.json says of every run; images that were lost are reported on the way."""
+    config, dataset, class_text = job.config, job.dataset, job.class_text
+    summary = {
+        "format": FORMAT,
+        "status": "complete",
+        "arm": job.arm,
+        "start": config.start,
+        "train": config.train,
+        "refit": config.refit,
+        "protocol": job.protocol.name,
+        "default_head": shipped.learner.objective.default_head,
+        "primary_metric": dataset.metric,
+        "data": dataset.name,
+        "num_classes": dataset.num_classes,
+        "num_train": len(dataset.present(job.train)),
+        "num_val": 0 if job.protocol.name == "paper" else len(dataset.present(dataset.indices("val"))),
+        "num_test": len(dataset.present(dataset.indices("test"))),
+        "num_pool": int((dataset.splits != "test").sum()),
+        "unreadable": [{"path": path, "reason": reason} for path, reason in dataset.unreadable],
+        "backbone": {"name": config.backbone.name, "fingerprint": job.loaded.backbone.fingerprint},
+        "text": {"encoder": class_text.encoder} if class_text is not None else None,
+        "objective": fitted.figures,
+        "metrics": metrics,
+    }
+    if dataset.lost:
+        summary["lost"] = [{"path": dataset.paths[index], "reason": why} for index, why in sorted(dataset.lost.items())]
+        console.warn(f"{len(dataset.lost)} images were lost on the way and done without: `lost` in run.json lists them")
+    if fitted.trust_C is not None:
+        summary["prior"] = {
+            "form": config.prior.form,
+            "trust": round(fitted.trust_C.mean().item(), 6),
+            "num_known": sum(source.known for source in job.sources or ()),
+        }
+    return summary
+
+
+def _has_rival(job: Job, against: bool | None) -> bool:
+    """Whether `ce` is to be trained as well, and is something else than this run."""
+    is_plain = job.config.objective.name == "ce" and job.config.start == "probe"
+    wanted = job.config.train == "head" if against is None else against
+    return wanted and not is_plain and job.protocol.name != "paper" and bool(len(job.choosing) and len(job.train))
+
+
+def _describe(dataset: Dataset) -> None:
     """Say what the data set holds, how its class names are read, and what was left out."""
     counts = ", ".join(f"{len(dataset.indices(split))} {split}" for split in ("train", "val", "test"))
     console.note(f"{dataset.name}: {dataset.num_classes} classes; {counts} images")

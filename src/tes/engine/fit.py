@@ -91,53 +91,26 @@ def fit(
         checkpoint: Where a training of the whole network is kept, and taken up if some of it is there; None: nowhere.
     """
     seed_everything(config.seed)
-    dataset, compute = given.dataset, given.features.compute
-    backbone = given.features.backbone
-    num_classes, num_features = dataset.num_classes, backbone.num_features
+    dataset, features = given.dataset, given.features
     class_weight_C = class_weights(config.optim.class_weights, dataset.classes, dataset.labels[indices])
     problem = head_problem(config, given.prior, class_weight_C)
     if not len(indices):
-        pool = given.features.readable(np.flatnonzero(dataset.splits != "test"))
-        start = problem.without_labels(given.features(pool))
-        objective = objectives.get("ce")(objectives.get("ce").Config())  # no label, so nothing for an objective to do
-        learner = Learner(backbone, start.head, objective, compute)
-        compute.place(learner)
-        return Fitted(learner, start, start.trust_C)
+        return _without_labels(problem, given)
     objective: Objective = objectives.get(config.objective.name)(config.objective)
     objective.class_weight_C = class_weight_C
     features_NF = target_NC = None
     if config.start != "random" or "pretrained_features" in objective.needs:
-        readable = given.features.readable(indices)
+        indices = features.readable(indices)
         dataset.require_trainable(indices)
-        indices = readable
-        target_NC = one_hot(torch.from_numpy(dataset.labels[indices]), num_classes)
-        features_NF = given.features(indices)
+        features_NF = features(indices)
+        target_NC = one_hot(torch.from_numpy(dataset.labels[indices]), dataset.num_classes)
     if config.start == "random":
-        start = Solution(random_head(num_features, num_classes, config.seed))
+        start = Solution(random_head(features.backbone.num_features, dataset.num_classes, config.seed))
     else:
         start = _once(given.store, _start_key(config, indices), lambda: problem.solve(features_NF, target_NC))
     if features_NF is not None and target_NC is not None:
-        features_NF, target_NC = features_NF.to(compute.device), target_NC.to(compute.device)
-    if config.train != "head":
-        backbone = copy.deepcopy(backbone)
-        if config.num_last is not None:
-            freeze_all_but_last(backbone.network, config.num_last)
-    learner = Learner(backbone, start.head, objective, compute)
-    weights = learner.weights()
-    objective.setup(
-        ObjectiveContext(
-            num_features,
-            num_classes,
-            config.seed,
-            given.class_text_CD,
-            backbone.source_head,
-            features_NF,
-            target_NC,
-            given.store,
-            None if weights is None else {name: weight.detach().clone() for name, weight in weights.items()},
-        )
-    )
-    compute.place(learner)
+        features_NF, target_NC = features_NF.to(features.compute.device), target_NC.to(features.compute.device)
+    learner = _learner(config, given, objective, start, features_NF, target_NC)
     if config.train == "head":
         assert features_NF is not None and target_NC is not None, "check_needs() refuses a random start here"
         figures, solution = _solve(learner, problem, start, features_NF, target_NC)
@@ -145,6 +118,51 @@ def fit(
     figures = {} if features_NF is None else objective.warm_start(features_NF, target_NC)
     _step(learner, config, dataset, indices, log, evaluate, evaluate_every, keep_best, checkpoint or Checkpoint())
     return Fitted(learner, start, start.trust_C, figures)
+
+
+def _without_labels(problem: HeadProblem, given: Given) -> Fitted:
+    """Return what the text prior says by itself, at 0 shots."""
+    pool = given.features.readable(np.flatnonzero(given.dataset.splits != "test"))
+    start = problem.without_labels(given.features(pool))
+    objective = objectives.get("ce")(objectives.get("ce").Config())  # no label, so nothing for an objective to do
+    learner = Learner(given.features.backbone, start.head, objective, given.features.compute)
+    given.features.compute.place(learner)
+    return Fitted(learner, start, start.trust_C)
+
+
+def _learner(
+    config: Config,
+    given: Given,
+    objective: Objective,
+    start: Solution,
+    features_NF: Tensor | None,
+    target_NC: Tensor | None,
+) -> Learner:
+    """Put the network together, on its device, with an objective that is set up; what is trained is a copy."""
+    backbone = given.features.backbone
+    if config.train != "head":
+        backbone = copy.deepcopy(backbone)
+        if config.num_last is not None:
+            freeze_all_but_last(backbone.network, config.num_last)
+    learner = Learner(backbone, start.head, objective, given.features.compute)
+    weights = learner.weights()
+    objective.setup(
+        ObjectiveContext(
+            num_features=backbone.num_features,
+            num_classes=given.dataset.num_classes,
+            seed=config.seed,
+            class_text_CD=given.class_text_CD,
+            source_head=backbone.source_head,
+            features_NF=features_NF,
+            target_NC=target_NC,
+            store=given.store,
+            start_weights=None
+            if weights is None
+            else {name: weight.detach().clone() for name, weight in weights.items()},
+        )
+    )
+    given.features.compute.place(learner)
+    return learner
 
 
 def _start_key(config: Config, indices: np.ndarray) -> str:

@@ -6,16 +6,16 @@ import contextlib
 
 from torch import nn
 
-from tes import console, data
-from tes.config import PRIOR_STARTS, Config
+from tes import console
+from tes.config import Config
 from tes.errors import ConfigError, Interrupted, RunError
 from tes.files import user_path
-from tes.job import PROTOCOLS, Protocol, describe, run_job
+from tes.job import PROTOCOLS, Protocol, prepare, run_job
 from tes.loaded import Loaded
 from tes.objectives import objectives
 from tes.resume import recorded_settings, refuse_other, threads_of
 from tes.run import Run, claim, is_unfinished, newest, refuse_out_among_images
-from tes.settle import check_needs, settle
+from tes.settle import check_needs
 
 
 def train(
@@ -93,18 +93,8 @@ def dry_run(config: Config, *, network: nn.Module | None = None, protocol: str =
         TesError: What would stop the training.
     """
     config = _under(protocol, config, None)
-    objective_class = objectives.get(config.objective.name)
-    check_needs(config, objective_class)
-    loaded = Loaded.open(config, network)
-    dataset = data.draw(loaded.dataset, config.data, config.seed)
-    describe(dataset)
-    num_images = len(Protocol(PROTOCOLS[protocol]).training(dataset))
-    settled = settle(config, dataset, loaded.backbone, objective_class, loaded.source_text, num_images)
-    if "class_text" in objective_class.needs or settled.config.start in PRIOR_STARTS:
-        loaded.class_text(settled.config.text)
-    for line in (*loaded.backbone.notes, "decided for you:", *settled.reasons):
-        console.note(line)
-    return settled.config
+    check_needs(config, objectives.get(config.objective.name))
+    return prepare(config, Loaded.open(config, network), Protocol(PROTOCOLS[protocol])).config
 
 
 def _under(protocol: str, config: Config, against: bool | None) -> Config:
