@@ -14,6 +14,7 @@ from tes.engine.features import FrozenFeatures
 from tes.engine.fit import Given, fit
 from tes.engine.learner import Learner
 from tes.engine.scoring import predict
+from tes.errors import counted
 from tes.loaded import Loaded
 from tes.metrics import METRICS, evaluate_split, image_losses
 from tes.objectives import objectives
@@ -72,7 +73,7 @@ def render(arm: str, against: dict[str, Any]) -> str:
     spread = f" ± {error:.3f}" if error is not None else ""
     metric = METRICS[against["metric"]]
     return (
-        f"`{arm}` against plain fine-tuning (`ce`) on {against['num_samples']} validation images:"
+        f"`{arm}` against plain fine-tuning (`ce`) on {counted(against['num_samples'], 'validation image')}:"
         f" {100 * against['difference']:+.1f} points {metric}{sure}: {judged(*(interval or (-1, 1)))};"
         f" NLL {against['nll_difference']:+.3f}{spread}: {_judged_nll(against['nll_difference'], error)}."
         " One draw; `tes compare` tells how sure."

@@ -21,7 +21,7 @@ from typing import Annotated, Any
 import typer
 
 from tes import __version__
-from tes.errors import ConfigError, Interrupted, TesError
+from tes.errors import ConfigError, Interrupted, TesError, counted
 
 app = typer.Typer(
     name="tes",
@@ -230,7 +230,7 @@ def evaluate(
     if as_json:
         print(json.dumps(result, ensure_ascii=False))
     else:
-        print(f"{result.get('data', result['split'])}: {result['num_samples']} images")
+        print(f"{result.get('data', result['split'])}: {counted(result['num_samples'], 'image')}")
         for note in result.get("notes", ()):
             print(note, file=sys.stderr)
         calibrated = {f"{head}/T": figures for head, figures in result.get("calibrated", {}).items()}

@@ -90,12 +90,12 @@ class _Lines:
             rate = self.done / (now - self.start)
             left = _duration((self.total - self.done) / rate) if rate else "?"
             values = "".join(f", {name} {value:.4g}" for name, value in figures.items())
-            _say(f"{self.label}: {self.done}/{self.total} {self.unit}, {_number(rate)}/s, {left} left{values}")
+            _say(f"{self.label}: {self.done}/{self.total} {self.unit}, {_pace(rate)}, {left} left{values}")
 
     def close(self) -> None:
         seconds = time.monotonic() - self.start
         if seconds >= 2 and self.done:
-            _say(f"{self.label}: {self.done} {self.unit} in {_duration(seconds)} ({_number(self.done / seconds)}/s)")
+            _say(f"{self.label}: {self.done} {self.unit} in {_duration(seconds)} ({_pace(self.done / seconds)})")
 
 
 class _Bar:
@@ -122,7 +122,7 @@ class _Bar:
 
     def advance(self, amount: int = 1, **figures: Any) -> None:
         self.done += amount
-        rate = f"{_number(self.done / max(time.monotonic() - self.start, 1e-9))} {self.unit}/s"
+        rate = f"{self.unit}, {_pace(self.done / max(time.monotonic() - self.start, 1e-9))}"
         values = " ".join(f"{name} {value:.4g}" for name, value in figures.items())
         self.bar.update(self.task, advance=amount, rate=rate, **({"figures": values} if figures else {}))
 
@@ -136,6 +136,8 @@ def _duration(seconds: float) -> str:
     return f"{hours} h {minutes} min" if hours else f"{minutes} min {seconds} s" if minutes else f"{seconds} s"
 
 
-def _number(rate: float) -> str:
-    """Return three digits, but never a power of ten: 1.23, 45.6, 1,650."""
-    return f"{rate:,.0f}" if rate >= 100 else f"{rate:.3g}"
+def _pace(rate: float) -> str:
+    """Return units per second, or how long each takes where that is longer than some seconds."""
+    if 0 < rate < 0.2:
+        return f"{_duration(1 / rate)} each"
+    return f"{rate:,.0f}/s" if rate >= 100 else f"{rate:.3g}/s"

@@ -61,3 +61,8 @@ def listing(items: Sequence[object], limit: int = 5) -> str:
     """Return "a, b, c" or "a, b, c, d, e and 7 more"."""
     shown = ", ".join(str(item) for item in items[:limit])
     return shown if len(items) <= limit else f"{shown} and {len(items) - limit} more"
+
+
+def counted(number: int, noun: str) -> str:
+    """Return "1 image" or "3 images"."""
+    return f"{number} {noun}" + ("" if number == 1 else "s")

@@ -12,7 +12,7 @@ import numpy as np
 from tes.card import trained_part
 from tes.data.source import Source
 from tes.doubts import Doubt, doubts
-from tes.errors import RunError
+from tes.errors import RunError, counted
 from tes.metrics import LOSSES, METRICS, calibration_bins, ordered, per_class_table
 from tes.mistakes import NUM_PER_PAIR, confusions, mistakes
 from tes.page.charts import NUM_STYLES, Series, heat_map, line_chart, nice_ticks, reliability_chart
@@ -159,8 +159,8 @@ def _against(against: Any, arm: str) -> list[str]:
     metric = METRICS[against.get("metric", "mean_per_class")]
     sure = f" (95 % {points(ends[0])} to {points(ends[1])})" if ends else ""
     return [
-        f"Against plain fine-tuning on {against['num_samples']} validation images, `{arm}` is {points(difference)}"
-        f" points {metric}{sure}: {judged(low, high)}. One draw; a comparison tells how sure."
+        f"Against plain fine-tuning on {counted(against['num_samples'], 'validation image')}, `{arm}` is"
+        f" {points(difference)} points {metric}{sure}: {judged(low, high)}. One draw; a comparison tells how sure."
     ]
 
 

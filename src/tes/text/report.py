@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from tes.data.names import is_uninformative
-from tes.errors import listing
+from tes.errors import counted, listing
 from tes.text.classifier import TextClassifier
 
 if TYPE_CHECKING:
@@ -102,19 +102,19 @@ def _obstacles(
         remedy = "Give each a row of its own in the file."
     if pairs := report["duplicates"]:
         sentences.append(
-            f"{_count(len(pairs), 'pair')} of classes {_have(len(pairs))} one and the same row "
+            f"{counted(len(pairs), 'pair')} of classes {_have(len(pairs))} one and the same row "
             f"({listing([f'{a} = {b}' for a, b in pairs])}): the text gives both classes of a pair the same reference, "
             f"so only the images can tell them apart. {remedy}"
         )
     if silent := report["uninformative"]:
         sentences.append(
-            f"{_count(len(silent), 'name')} of {len(classes)} {'says' if len(silent) == 1 else 'say'} nothing "
+            f"{counted(len(silent), 'name')} of {len(classes)} {'says' if len(silent) == 1 else 'say'} nothing "
             f"({listing(silent)}): text made from them is noise for these classes. Name them with --classes."
         )
     if close := [pair for pair in _pairs_above(used_CC, NEARLY_SAME_ROW) if raw_CC[pair] <= SAME_ROW]:
         shown = listing([f"{classes[a].label} and {classes[b].label} {used_CC[a, b]:.2f}" for a, b in close], limit=3)
         sentences.append(
-            f"{_count(len(close), 'further pair')} of classes {'is' if len(close) == 1 else 'are'} nearly the same to "
+            f"{counted(len(close), 'further pair')} of classes {'is' if len(close) == 1 else 'are'} nearly the same to "
             f"the text ({shown}): it mixes them up rather than tells them apart; descriptions may."
         )
     raw, centred = report["cosine"]["raw"]["mean"], report["cosine"]["centred"]["mean"]
@@ -185,10 +185,6 @@ def _nearest(index: int, cosines_C: np.ndarray, labels: Sequence[str]) -> list[d
 
 def _short(text: str, limit: int) -> str:
     return text if len(text) <= limit else text[: limit - 1].rstrip() + "…"
-
-
-def _count(number: int, noun: str) -> str:
-    return f"{number} {noun}" + ("" if number == 1 else "s")
 
 
 def _have(number: int) -> str:

@@ -36,7 +36,7 @@ from tes.engine.learner import Learner
 from tes.engine.loader import eval_batches
 from tes.engine.scoring import predict
 from tes.engine.solve import Solution
-from tes.errors import RunError
+from tes.errors import RunError, counted
 from tes.files import append_jsonl, read_json, sha256_file, user_path, write_atomic, write_json
 from tes.metrics import METRICS, evaluate_split
 from tes.mistakes import worth_showing
@@ -107,7 +107,7 @@ def render(run: Run) -> str:
     """Return the course over α on val as a person reads it, and what was chosen."""
     averaged = run.summary["averaged"]
     metric, num_val = run.primary_metric, run.summary["num_val"]
-    lines = [f"{'α':>4}{'NLL':>8}{'calibrated':>12}{METRICS[metric]:>16}   on {num_val} validation images"]
+    lines = [f"{'α':>4}{'NLL':>8}{'calibrated':>12}{METRICS[metric]:>16}   on {counted(num_val, 'validation image')}"]
     for row in averaged["val"]:
         mark = "  <" if row["alpha"] == averaged["alpha"] else ""
         lines.append(f"{row['alpha']:4.1f}{row['nll']:8.3f}{row['calibrated_nll']:12.3f}{row[metric]:16.1%}{mark}")

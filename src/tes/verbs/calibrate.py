@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from tes.calibration import Calibration
-from tes.errors import RunError
+from tes.errors import RunError, counted
 from tes.metrics import METRICS, evaluate_split
 from tes.run import Run
 
@@ -51,7 +51,7 @@ def calibrate(run: Run | str | Path) -> dict[str, Any]:
 def render(result: dict[str, Any]) -> str:
     """Return the result as a person reads it."""
     metric = result["metric"]
-    lines = [f"fitted to {result['num_samples']} validation images"]
+    lines = [f"fitted to {counted(result['num_samples'], 'validation image')}"]
     if result["num_samples"] < FEW:
         lines[0] += f": fewer than {FEW}, so a temperature is a rough guess"
     for head, temperature in result["temperature"].items():

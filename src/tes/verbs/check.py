@@ -21,7 +21,7 @@ from tes.config import Config
 from tes.data.dataset import BadImagesError
 from tes.data.task_source import found_of_official
 from tes.engine.features import compute_features
-from tes.errors import DataError, listing
+from tes.errors import DataError, counted, listing
 from tes.files import user_path, write_atomic
 from tes.loaded import Loaded
 from tes.metrics import METRICS
@@ -64,7 +64,7 @@ def check(config: Config, *, out: str | Path | None = None) -> dict[str, Any]:
     smallest, largest = int(counts.argmin()), int(counts.argmax())
     if counts[largest] >= IMBALANCE * counts[smallest]:
         warnings.append(
-            f"imbalance: `{dataset.classes[largest].label}` has {counts[largest]} images,"
+            f"imbalance: `{dataset.classes[largest].label}` has {counted(counts[largest], 'image')},"
             f" `{dataset.classes[smallest].label}` {counts[smallest]}; look at the mean per class, not at"
             " top-1; optim.class_weights=balanced makes up for it in training, with --train all optim.sampling=balanced"
         )
