@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import csv
 import dataclasses
-import io
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -23,9 +22,8 @@ from pydantic import TypeAdapter, ValidationError
 
 from tes.card import plain
 from tes.comparison import BASELINE, Comparison, summary_metric
-from tes.data.source import counted
-from tes.errors import ConfigError, RunError, listing
-from tes.files import read_json, write_atomic, write_json
+from tes.errors import ConfigError, RunError, counted, listing, one_line
+from tes.files import csv_text, read_json, write_atomic, write_json
 from tes.metrics import METRICS
 from tes.statistics import Paired, paired
 
@@ -263,9 +261,7 @@ def write_tables(benchmark: Benchmark) -> None:
 
 def to_csv(found: Sequence[Row]) -> str:
     """Return one line per figure, in per cent and points; its column `published_percent` is for the user to fill."""
-    out = io.StringIO()
-    table = csv.DictWriter(out, COLUMNS, lineterminator="\n")
-    table.writeheader()
+    lines = []
     for row in found:
         one, figure, against = row.combination, row.figure or {}, row.against or {}
         values = {
@@ -290,8 +286,8 @@ def to_csv(found: Sequence[Row]) -> str:
             "reason": one.reason,
             "comparison": one.folder if one.state == "done" else None,
         }
-        table.writerow({name: "" if value is None else value for name, value in values.items()})
-    return out.getvalue()
+        lines.append([values[name] for name in COLUMNS])
+    return csv_text(COLUMNS, lines)
 
 
 def _hundred(fraction: float | None) -> float | None:
@@ -311,7 +307,7 @@ def read_published(path: Path) -> dict[tuple[str, ...], float]:
         with path.open(encoding="utf-8-sig", newline="") as file:
             table = list(csv.DictReader(file))
     except (OSError, UnicodeDecodeError, csv.Error) as problem:
-        raise ConfigError(f"--published: `{path}` cannot be read: {' '.join(str(problem).split())}.") from None
+        raise ConfigError(f"--published: `{path}` cannot be read: {one_line(problem)}.") from None
     if not table or (lacking := [name for name in columns if name not in table[0]]):
         what = f"has no column `{lacking[0]}`" if table else "has no line"
         raise ConfigError(f"--published: `{path}` {what}; it needs {', '.join(columns)}, as benchmark.csv has them.")

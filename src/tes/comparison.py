@@ -7,8 +7,6 @@ Reads run folders only; torch is not needed. Shapes: n images of a cell, C class
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -20,9 +18,8 @@ from typing import Any
 import numpy as np
 from pydantic import TypeAdapter, ValidationError
 
-from tes.data.source import counted
-from tes.errors import RunError
-from tes.files import read_json, write_atomic, write_json
+from tes.errors import RunError, counted
+from tes.files import csv_text, read_json, write_atomic, write_json
 from tes.metrics import METRICS
 from tes.run import Run
 from tes.statistics import Answers, Effect, bootstrap_images, holm, paired, sentence
@@ -498,8 +495,4 @@ def _trial_rows(comparison: Comparison) -> Iterable[dict[str, Any]]:
 
 
 def _write_csv(path: Path, columns: Sequence[str], rows: Iterable[Mapping[str, Any]]) -> None:
-    out = io.StringIO()
-    table = csv.DictWriter(out, columns, extrasaction="ignore", lineterminator="\n")
-    table.writeheader()
-    table.writerows({name: "" if row.get(name) is None else row.get(name) for name in columns} for row in rows)
-    write_atomic(path, out.getvalue())
+    write_atomic(path, csv_text(columns, ([row.get(name) for name in columns] for row in rows)))

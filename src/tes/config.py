@@ -19,7 +19,7 @@ from typing import Annotated, Any, ClassVar, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, SerializeAsAny, ValidationError, field_validator, model_validator
 
-from tes.errors import ConfigError, did_you_mean
+from tes.errors import ConfigError, did_you_mean, one_line
 
 Fraction = Annotated[float, Field(gt=0, le=1)]
 Triple = tuple[float, float, float]
@@ -409,7 +409,7 @@ def load_config(
         try:
             _assign(tree, key.strip(), yaml.safe_load(text))
         except NOT_YAML as problem:
-            raise ConfigError(f"The value in `--set {assignment}` is not valid YAML: {_first_line(problem)}.") from None
+            raise ConfigError(f"The value in `--set {assignment}` is not valid YAML: {one_line(problem)}.") from None
     config = _validate(_with_preset(tree))
     _check_search(config)
     return config
@@ -443,16 +443,12 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     except FileNotFoundError:
         raise ConfigError(f"There is no config file `{path}`.") from None
     except (OSError, *NOT_YAML) as problem:
-        raise ConfigError(f"The config file `{path}` cannot be read: {_first_line(problem)}.") from None
+        raise ConfigError(f"The config file `{path}` cannot be read: {one_line(problem)}.") from None
     if tree is None:
         return {}
     if not isinstance(tree, dict):
         raise ConfigError(f"The config file `{path}` must hold keys and values, for example `seed: 1`.")
     return tree
-
-
-def _first_line(problem: Exception) -> str:
-    return " ".join(str(problem).split())
 
 
 def _assign(tree: dict[str, Any], key: str, value: Any) -> None:

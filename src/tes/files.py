@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import csv
 import hashlib
+import io
 import json
 import os
 import re
@@ -11,7 +13,7 @@ import shutil
 import tempfile
 import zipfile
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -79,6 +81,15 @@ def write_atomic(path: Path, content: bytes | str) -> None:
     """Write `content` to `path` (text as UTF-8), whole or not at all."""
     with replacing(Path(path)) as temporary:
         temporary.write_bytes(content.encode() if isinstance(content, str) else content)
+
+
+def csv_text(columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
+    """Return a table as CSV; None is an empty cell."""
+    out = io.StringIO()
+    table = csv.writer(out, lineterminator="\n")
+    table.writerow(columns)
+    table.writerows(rows)
+    return out.getvalue()
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -6,8 +6,6 @@ Shapes: n images, C classes.
 
 from __future__ import annotations
 
-import csv
-import io
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +14,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from tes.errors import DataError
-from tes.files import write_atomic
+from tes.files import csv_text, write_atomic
 from tes.predictions import Predictions
 
 NUM_BINS = 15
@@ -250,11 +248,8 @@ def write_per_class_csv(
     path: Path | str, predictions: Predictions, classes: Sequence[NamedClass], head: str = "vision"
 ) -> None:
     """Write `per_class_table` as CSV, whole or not at all; what is None is an empty cell."""
-    content = io.StringIO()
-    writer = csv.DictWriter(content, PER_CLASS_COLUMNS, lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(per_class_table(predictions, classes, head))
-    write_atomic(Path(path), content.getvalue())
+    rows = per_class_table(predictions, classes, head)
+    write_atomic(Path(path), csv_text(PER_CLASS_COLUMNS, ([row[name] for name in PER_CLASS_COLUMNS] for row in rows)))
 
 
 def _check_not_empty(predictions: Predictions) -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from tes.errors import RunError
+from tes.errors import RunError, one_line
 from tes.files import NPZ_DAMAGE, write_atomic
 
 _LOGITS = "logits_"
@@ -102,7 +102,7 @@ class Predictions:
             raise RunError(f"There is no file of predictions `{path}`.") from None
         except NPZ_DAMAGE as problem:
             raise RunError(
-                f"The predictions in `{path}` cannot be read; the file is damaged: {_line(problem)}."
+                f"The predictions in `{path}` cannot be read; the file is damaged: {one_line(problem).rstrip('.')}."
             ) from None
         missing = [key for key in ("paths", "labels") if key not in arrays]
         if missing:
@@ -163,7 +163,3 @@ def _problem(paths: list[str], labels: np.ndarray, logits: dict[str, np.ndarray]
         first = int(outside.argmax())
         return f"the label {labels[first]} of `{paths[first]}` is outside 0..{num_classes - 1}"
     return None
-
-
-def _line(problem: BaseException) -> str:
-    return " ".join(str(problem).split()).rstrip(".") or type(problem).__name__

@@ -33,7 +33,7 @@ from tes.engine.features import FrozenFeatures
 from tes.engine.learner import Learner, one_hot
 from tes.engine.solve import HeadProblem, LinearHead
 from tes.engine.start import random_head
-from tes.errors import ModelError, RunError, listing
+from tes.errors import ModelError, RunError, listing, one_line
 from tes.files import read_json
 from tes.models.backbone import Backbone, build_network, load_backbone, own_network
 from tes.models.checkpoint import load_strictly, read_weights, run_weights
@@ -447,7 +447,7 @@ def _saved_heads(run: Run, num_features: int, num_classes: int) -> _SavedHeads:
     try:
         head = TextHead.from_tensors(tensors, num_features)
     except (KeyError, RuntimeError, ValueError, IndexError) as problem:
-        raise RunError(f"`{path}` does not hold a text head: {' '.join(str(problem).split())[:200]}.") from None
+        raise RunError(f"`{path}` does not hold a text head: {one_line(problem, 200)}.") from None
     if not all(tensor.isfinite().all() for tensor in tensors.values()):
         raise RunError(f"`{path}` is not finite; the file is damaged.")
     if len(head.class_text_CD) != num_classes:

@@ -27,7 +27,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from tes.config import NOT_YAML
-from tes.errors import RunError, TrainingError, did_you_mean, listing
+from tes.errors import RunError, TrainingError, did_you_mean, listing, one_line
 from tes.files import is_leftover, read_json, remove_leftovers, user_path
 from tes.predictions import Predictions
 
@@ -177,7 +177,7 @@ class Run:
         try:
             value = yaml.safe_load((self.path / "config.yaml").read_text(encoding="utf-8"))
         except (OSError, *NOT_YAML) as problem:
-            raise RunError(f"`{self.path / 'config.yaml'}` cannot be read: {' '.join(str(problem).split())}.") from None
+            raise RunError(f"`{self.path / 'config.yaml'}` cannot be read: {one_line(problem)}.") from None
         if not isinstance(value, dict):
             raise RunError(f"`{self.path / 'config.yaml'}` does not hold settings.")
         _check(value, _Settings, self.path / "config.yaml")
@@ -211,7 +211,7 @@ class Run:
         except FileNotFoundError:
             raise RunError(f"There is no file `{path}`.") from None
         except (OSError, UnicodeDecodeError, csv.Error) as problem:
-            raise RunError(f"`{path}` cannot be read: {' '.join(str(problem).split())}.") from None
+            raise RunError(f"`{path}` cannot be read: {one_line(problem)}.") from None
         if not rows or any(row.get(key) is None for row in rows for key in wanted):
             raise RunError(f"`{path}` does not hold a run's splits: its columns are {', '.join(wanted)}.")
         return [SplitRow(*(row[key] for key in wanted)) for row in rows]

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import csv
 import functools
 import hashlib
-import io
 import os
 import platform
 import shutil
@@ -29,7 +27,7 @@ from tes.data.dataset import Dataset
 from tes.engine.fit import Fitted
 from tes.engine.solve import LinearHead
 from tes.errors import DataError, RunError
-from tes.files import replacing, sha256_file, write_atomic, write_json
+from tes.files import csv_text, replacing, sha256_file, write_atomic, write_json
 from tes.metrics import evaluate_split, write_per_class_csv
 from tes.models.image_settings import ImageSettings
 from tes.predictions import Predictions
@@ -81,15 +79,9 @@ def write_inputs(folder: Path, config: Config, images: ImageSettings) -> None:
 
 def write_splits(path: Path, dataset: Dataset) -> None:
     """Write which image is in which split."""
-    out = io.StringIO()
-    table = csv.writer(out, lineterminator="\n")
-    table.writerow(["path", "label", "split", "group", "sha1"])
-    labels = [info.label for info in dataset.classes]
-    for path_, label, split, group, sha1 in zip(
-        dataset.paths, dataset.labels, dataset.splits, dataset.groups, dataset.sha1s
-    ):
-        table.writerow([path_, labels[label], split, group or "", sha1])
-    write_atomic(path, out.getvalue())
+    labels = [dataset.classes[index].label for index in dataset.labels]
+    rows = zip(dataset.paths, labels, dataset.splits, dataset.groups, dataset.sha1s)
+    write_atomic(path, csv_text(("path", "label", "split", "group", "sha1"), rows))
 
 
 def write_classes(

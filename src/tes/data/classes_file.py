@@ -17,7 +17,7 @@ import yaml
 from tes.config import NOT_YAML
 from tes.data.names import NameIndex, readable_name
 from tes.data.source import no_such_path
-from tes.errors import DataError, listing
+from tes.errors import DataError, listing, one_line
 from tes.files import user_path
 
 _FIELDS = ("name", "description", "descriptions", "prompts", "coarse")
@@ -211,7 +211,7 @@ def _parse_yaml(path: Path, text: str) -> Any:
     except RecursionError:
         raise DataError(f"`{path}` is nested too deeply for a classes file.") from None
     except NOT_YAML as problem:
-        raise DataError(f"`{path}` is not valid YAML: {' '.join(str(problem).split())}.") from None
+        raise DataError(f"`{path}` is not valid YAML: {one_line(problem)}.") from None
 
 
 def _parse_csv(path: Path, text: str) -> dict[str, dict[str, Any]]:

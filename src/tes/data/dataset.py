@@ -16,11 +16,11 @@ from tes.data.classes_file import ClassInfo, apply_classes_file, derive_classes
 from tes.data.images import UnreadableImageError, decode
 from tes.data.names import NameIndex
 from tes.data.scan import scan
-from tes.data.source import Sample, Source, counted, open_source
+from tes.data.source import Sample, Source, open_source
 from tes.data.splits import carve, draw_fraction, draw_shots
 from tes.data.task import load_task, task_names
 from tes.data.task_source import TaskClasses
-from tes.errors import DataError, listing
+from tes.errors import DataError, counted, listing
 from tes.files import user_path
 
 

@@ -8,8 +8,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from tes.data.images import SUFFIXES
-from tes.data.source import SPLIT_WORDS, LocalSource, Sample, counted, no_such_path
-from tes.errors import DataError, listing
+from tes.data.source import SPLIT_WORDS, LocalSource, Sample, no_such_path
+from tes.errors import DataError, counted, listing
 from tes.files import user_path
 
 # What operating systems leave behind; names with a leading dot are skipped as well.

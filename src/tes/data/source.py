@@ -133,11 +133,6 @@ def open_source(ref: str, root: str | None = None, partial: bool = False) -> Sou
     raise no_such_path(path, "folder", task_names() if path.name == ref else ())
 
 
-def counted(number: int, noun: str) -> str:
-    """Return "1 image", "2 images"."""
-    return f"{number} {noun}{'' if number == 1 else 's'}"
-
-
 def no_such_path(path: Path, kind: str, others: Iterable[str] = ()) -> DataError:
     """Return the error for a path that does not exist, with the nearest name that does, or that is in `others`."""
     parent = path.parent

@@ -10,8 +10,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from tes.data.names import match_key
-from tes.data.source import SPLIT_WORDS, LocalSource, Sample, counted, no_such_path
-from tes.errors import DataError, did_you_mean, listing
+from tes.data.source import SPLIT_WORDS, LocalSource, Sample, no_such_path
+from tes.errors import DataError, counted, did_you_mean, listing
 from tes.files import user_path
 
 _COLUMNS = ("path", "label", "split", "group")

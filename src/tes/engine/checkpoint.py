@@ -24,7 +24,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from tes.config import CheckpointConfig
-from tes.errors import RunError
+from tes.errors import RunError, one_line
 from tes.files import replacing
 from tes.interruption import Deferred, Stopped
 
@@ -203,10 +203,9 @@ class Checkpoint:
         except RunError:  # what takes part in the loading has said it itself
             raise
         except DAMAGE as problem:
-            what = " ".join(str(problem).split())
             raise RunError(
-                f"The training's state `{self.path}` is damaged ({type(problem).__name__}: {what}); remove this file to"
-                " begin the training again."
+                f"The training's state `{self.path}` is damaged ({type(problem).__name__}: {one_line(problem)}); remove"
+                " this file to begin the training again."
             ) from None
 
 

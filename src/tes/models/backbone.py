@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from tes.config import BackboneConfig, ImageConfig
-from tes.errors import ModelError, did_you_mean, listing
+from tes.errors import ModelError, did_you_mean, listing, one_line
 from tes.files import sha256_text, user_path
 from tes.models import bundled, image_settings
 from tes.models.checkpoint import Checkpoint, load_strictly, open_checkpoint
@@ -101,7 +101,7 @@ class Backbone(nn.Module):
             with torch.no_grad():
                 features = self(pattern.to(torch.uint8).view(2, 3, size, size))
         except Exception as problem:  # whatever an unknown network raises, the user needs one sentence
-            reason = " ".join(str(problem).split())[:200].rstrip(".")
+            reason = one_line(problem, 200).rstrip(".")
             raise ModelError(
                 f"The backbone `{self.name}` cannot take images of {size} px: {reason}."
                 f" Choose another --size, or build it for this one (many ViTs: --set backbone.kwargs.img_size={size})."
@@ -293,9 +293,7 @@ def _hub_weights(config: BackboneConfig, network: nn.Module) -> dict[str, Tensor
     try:
         full = timm.create_model(config.name, pretrained=True, **config.kwargs)
     except Exception as problem:  # timm and the Hub client raise many kinds; all mean: no weights
-        raise ModelError(
-            f"The weights of `{config.name}` cannot be loaded: {' '.join(str(problem).split())[:200]}."
-        ) from problem
+        raise ModelError(f"The weights of `{config.name}` cannot be loaded: {one_line(problem, 200)}.") from problem
     return full.state_dict()
 
 
@@ -361,7 +359,8 @@ def own_network(config: BackboneConfig) -> nn.Module:
 
 
 def _reason(problem: BaseException) -> str:
-    return f"{type(problem).__name__}: {' '.join(str(problem).split())}".rstrip(". :")
+    kind, said = type(problem).__name__, one_line(problem).rstrip(".")
+    return kind if said == kind else f"{kind}: {said}"
 
 
 def _split_head(

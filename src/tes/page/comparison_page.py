@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 
 from tes.comparison import BASELINE, Comparison, summary_metric
-from tes.data.source import Source, counted
-from tes.errors import RunError
+from tes.data.source import Source
+from tes.errors import RunError, counted
 from tes.metrics import METRICS, CalibrationBins, calibration_bins
 from tes.mistakes import NUM_PAIRS, NUM_PER_PAIR
 from tes.page.charts import NUM_STYLES, Bar, Series, bar_chart, line_chart, reliability_chart

@@ -6,8 +6,6 @@ Where something is wrong with images, two tables list it in full, to work throug
 
 from __future__ import annotations
 
-import csv
-import io
 import time
 from collections import Counter
 from collections.abc import Sequence
@@ -22,7 +20,7 @@ from tes.data.dataset import BadImagesError
 from tes.data.task_source import found_of_official
 from tes.engine.features import compute_features
 from tes.errors import DataError, counted, listing
-from tes.files import user_path, write_atomic
+from tes.files import csv_text, user_path, write_atomic
 from tes.loaded import Loaded
 from tes.metrics import METRICS
 from tes.objectives import objectives
@@ -165,12 +163,8 @@ def _write(folder: Path | None, name: str, rows: Sequence[Sequence[str]]) -> str
     if (folder / name).exists() and not _is_ours(folder / name):
         kept = f"`{folder / name}` has other content and is kept; for the list of {len(rows)} choose another --out."
         return kept if rows else ""
-    content = io.StringIO()
-    table = csv.writer(content, lineterminator="\n")
-    table.writerow(TABLES[name])
-    table.writerows(rows)
     try:
-        write_atomic(folder / name, content.getvalue())
+        write_atomic(folder / name, csv_text(TABLES[name], rows))
     except OSError as problem:
         return f"`{folder / name}` cannot be written: {problem.strerror or problem}."
     listed = "It is" if len(rows) == 1 else f"All {len(rows)} are"

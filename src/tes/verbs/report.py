@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
 from pathlib import Path
 
 from tes import console
@@ -13,7 +11,7 @@ from tes.data.source import LocalSource, open_source
 from tes.data.task import load_task, task_names
 from tes.data.task_source import find_folder
 from tes.errors import RunError, did_you_mean, one_line
-from tes.files import user_path, write_atomic
+from tes.files import csv_text, user_path, write_atomic
 from tes.page import comparison_page, run_page
 from tes.page.comparison_page import Findings as ComparisonFindings
 from tes.page.run_page import Findings, headline
@@ -81,25 +79,15 @@ def doubts_table(found: Findings) -> str:
         found.run.images,
         key=lambda image: (by_path[image.path][0] if image.path in by_path else len(by_path), image.path),
     )
-    out = io.StringIO()
-    table = csv.writer(out, lineterminator="\n")
-    table.writerow(["path", "label", "split", "group", "suggested", "doubt"])
+    lines = []
     for image in rows:
         _, doubt = by_path.get(image.path, (0, None))
-        suggested = "" if doubt is None or doubt.suggested is None else found.labels[doubt.suggested]
+        suggested = None if doubt is None or doubt.suggested is None else found.labels[doubt.suggested]
         # What the draw of shots has left over is, in the data set, an image to train on.
         split = "train" if image.split == "unused" else image.split
-        table.writerow(
-            [
-                place.get(image.path, image.path),
-                image.label,
-                split,
-                image.group,
-                suggested,
-                "" if doubt is None else f"{doubt.doubt:.4f}",
-            ]
-        )
-    return out.getvalue()
+        shown = None if doubt is None else f"{doubt.doubt:.4f}"
+        lines.append((place.get(image.path, image.path), image.label, split, image.group, suggested, shown))
+    return csv_text(("path", "label", "split", "group", "suggested", "doubt"), lines)
 
 
 def _open(folder: Path) -> Run | Comparison:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from tes.errors import RunError, TesError, listing
+from tes.errors import RunError, TesError, listing, one_line
 from tes.files import sha256_file
 from tes.metrics import evaluate_split, per_class_table
 from tes.predictions import Predictions
@@ -168,7 +168,7 @@ def _per_class(run: Run, predictions: Predictions, table: Path) -> tuple[bool, s
         with table.open(encoding="utf-8", newline="") as file:
             rows = list(csv.DictReader(file))
     except (OSError, UnicodeDecodeError, csv.Error) as problem:
-        return False, f"`{table}` cannot be read: {' '.join(str(problem).split())}"
+        return False, f"`{table}` cannot be read: {one_line(problem)}"
     differing = [row["label"] for row, other in zip(expected, rows) if row != other]
     if len(rows) != len(expected) or differing:
         return False, f"`{table.name}` has other rows: {listing(differing) or f'{len(rows)} of {len(expected)}'}"
