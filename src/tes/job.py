@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from tes import against as against_room
-from tes import console, data, resume, run_writer, text
+from tes import console, data, resume, run_writer
 from tes.card import model_card
 from tes.config import PRIOR_STARTS, CheckpointConfig, Config, DataConfig
 from tes.data.dataset import Dataset
@@ -179,7 +179,7 @@ def prepare(
     if "class_text" in objective_class.needs or has_prior:
         class_text = loaded.class_text(config.text)
         _note_all(class_text.notes)
-        for line in text.warnings(class_text, dataset.classes):
+        for line in loaded.text_warnings(config.text):
             console.warn(line)
     _note_all(loaded.backbone.notes)
     if settled.reasons:

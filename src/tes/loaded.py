@@ -39,6 +39,7 @@ class Loaded:
     dataset: Dataset
     backbone: Backbone
     _texts: dict[TextConfig, TextClassifier] = field(default_factory=dict)
+    _warnings: dict[TextConfig, list[str]] = field(default_factory=dict)
     _sources: dict[TextConfig, SourceText | SharedSpace | str] = field(default_factory=dict)
     _nearest: list[NearestSource] | None = None
     _features: dict[Compute, FrozenFeatures] = field(default_factory=dict)
@@ -62,9 +63,16 @@ class Loaded:
             self._texts[config] = built
         return self._texts[config]
 
+    def text_warnings(self, config: TextConfig) -> list[str]:
+        """Return what stands in the way of the text classifier, see `text.warnings`."""
+        config = self._with_templates(config)
+        if config not in self._warnings:
+            self._warnings[config] = text.warnings(self.class_text(config), self.dataset.classes)
+        return self._warnings[config]
+
     def source_text(self, config: TextConfig) -> SourceText | SharedSpace | str:
         """Return what a text prior comes from, the source classes' rows or a CLIP's space; or why there can be none."""
-        config = self._with_templates(config)
+        config = self._with_templates(config).model_copy(update={"centre": None})  # source rows are not centred
         if config not in self._sources:
             self._sources[config] = _source_text(self.backbone, config)
         return self._sources[config]

@@ -116,67 +116,110 @@ def settle(
     """
     if "source_head" in objective_class.needs:
         _check_source_head(config, backbone)
-    values: dict[str, Any] = {}
-    reasons: list[str] = []
+    made = Decisions(config)
+    compute = _settle_compute(made, backbone.family)
+    for key, why in backbone.origin.items():
+        made.decide(f"image.{key}", getattr(backbone.images, key), why)
+    _settle_train(made, compute.device, backbone)
+    for key, (value, why) in config.objective.decide(made.config.train).items():
+        made.decide(f"objective.{key}", value, why)
+    _settle_start(made, backbone, objective_class, source_text)
+    if "class_text" in objective_class.needs or made.config.start in PRIOR_STARTS:
+        _settle_text(made, dataset)
+    _settle_refit(made)
+    if made.config.train != "head":
+        _settle_steps(made, dataset, backbone, len(dataset.indices("train")) if num_images is None else num_images)
+    class_weights(config.optim.class_weights, dataset.classes, dataset.labels)  # refuses names that no class has
+    check_needs(made.config, objective_class)
+    return Settled(made.config, compute, made.reasons)
 
-    def decide(key: str, value: Any, why: str) -> Any:
-        values[key] = value
+
+class Decisions:
+    """What was decided so far, and a line of reason for each.
+
+    Attributes:
+        asked: The settings as the user left them.
+        reasons: "  KEY = VALUE  (WHY)".
+    """
+
+    def __init__(self, asked: Config) -> None:
+        self.asked = asked
+        self.reasons: list[str] = []
+        self._values: dict[str, Any] = {}
+
+    @property
+    def config(self) -> Config:
+        """The settings with what is decided so far."""
+        return self.asked.replace(self._values)
+
+    def decide(self, key: str, value: Any, why: str) -> Any:
+        """Take down a decision, and return its value."""
+        self._values[key] = value
         shown = value
         if isinstance(value, tuple):
             shown = [round(part, 4) if isinstance(part, float) else part for part in value]
-        reasons.append(f"  {key} = {shown}  ({why})")
+        self.reasons.append(f"  {key} = {shown}  ({why})")
         return value
 
-    device = decide("device", *resolve_device(config.device))
-    precision, memory_format, why = resolve_precision(config.precision, config.memory_format, device, backbone.family)
-    if config.precision == "auto":
-        decide("precision", precision, why)
-    if config.memory_format == "auto":
-        decide("memory_format", memory_format, why)
-    num_workers = decide("num_workers", *resolve_workers(config.num_workers, device))
-    for key, why in backbone.origin.items():
-        decide(f"image.{key}", getattr(backbone.images, key), why)
-    if "class_text" in objective_class.needs and config.text.centre is None:
-        decide("text.centre", True, "class names crowd in a narrow cone")
 
-    train = config.train
-    if train == "auto" and config.data.shots == 0:
-        train = decide("train", "head", "0 shots: nothing moves the backbone")
-    elif train == "auto":
-        train = "head" if device == "cpu" else "all"
-        decide("train", train, "no accelerator" if device == "cpu" else f"on {device}")
-    if config.num_last is not None:
-        reasons.append(_last_layers(config.num_last, backbone))
-    for key, (value, why) in config.objective.decide(train).items():
-        decide(f"objective.{key}", value, why)
-    _settle_start(config, backbone, objective_class, source_text, decide)
-    if "class_text" in objective_class.needs or values.get("start", config.start) in PRIOR_STARTS:
-        filled, whose = with_templates(config.text, dataset.templates, dataset.ensemble)
-        if whose is not None:
-            own = any(info.prompts or info.descriptions for info in dataset.classes) and not config.text.mix
-            decide("text.templates", filled.templates, f"{whose}, for classes without sentences" if own else whose)
-    if config.refit == "auto":
-        if train == "head" and config.data.shots is None:
-            decide("refit", "trainval", "a head at full data: val has served once it has been scored")
-        else:
-            decide(
-                "refit", "none", "few shots stay few" if config.data.shots is not None else "it would double the time"
-            )
-    if train != "head":
-        if dataset.crop_size is not None and config.augment.policy == "auto" and config.augment.crop_size is None:
-            decide("augment.crop_size", dataset.crop_size, "the task's own")
-        number = len(dataset.indices("train")) if num_images is None else num_images
-        _settle_optimiser(config.replace(values), backbone.family, number, decide)
-        if config.optim.layer_decay not in (None, 1):
-            num_layers = config.num_last or count_layers(backbone.network)
-            lowest = config.replace(values).optim.learning_rate * config.optim.layer_decay**num_layers
-            reasons.append(
-                f"  optim.layer_decay: {num_layers} layers, the first one at a learning rate of {lowest:.2g}"
-            )
-    class_weights(config.optim.class_weights, dataset.classes, dataset.labels)  # refuses names that no class has
-    settled = config.replace(values)
-    check_needs(settled, objective_class)
-    return Settled(settled, Compute(device, precision, memory_format, num_workers), reasons)
+def _settle_compute(made: Decisions, family: str) -> Compute:
+    config = made.asked
+    device = made.decide("device", *resolve_device(config.device))
+    precision, memory_format, why = resolve_precision(config.precision, config.memory_format, device, family)
+    if config.precision == "auto":
+        made.decide("precision", precision, why)
+    if config.memory_format == "auto":
+        made.decide("memory_format", memory_format, why)
+    num_workers = made.decide("num_workers", *resolve_workers(config.num_workers, device))
+    return Compute(device, precision, memory_format, num_workers)
+
+
+def _settle_train(made: Decisions, device: str, backbone: Backbone) -> None:
+    config = made.asked
+    if config.train == "auto" and config.data.shots == 0:
+        made.decide("train", "head", "0 shots: nothing moves the backbone")
+    elif config.train == "auto" and device == "cpu":
+        made.decide("train", "head", "no accelerator")
+    elif config.train == "auto":
+        made.decide("train", "all", f"on {device}")
+    elif config.num_last is not None:
+        made.reasons.append(_last_layers(config.num_last, backbone))
+
+
+def _settle_text(made: Decisions, dataset: Dataset) -> None:
+    config = made.asked.text
+    if config.centre is None:
+        made.decide("text.centre", True, "class names crowd in a narrow cone")
+    filled, whose = with_templates(config, dataset.templates, dataset.ensemble)
+    if whose is not None:
+        own = any(info.prompts or info.descriptions for info in dataset.classes) and not config.mix
+        made.decide("text.templates", filled.templates, f"{whose}, for classes without sentences" if own else whose)
+
+
+def _settle_refit(made: Decisions) -> None:
+    config = made.config
+    if config.refit != "auto":
+        return
+    if config.data.shots is not None:
+        made.decide("refit", "none", "few shots stay few")
+    elif config.train == "head":
+        made.decide("refit", "trainval", "a head at full data: val has served once it has been scored")
+    else:
+        made.decide("refit", "none", "it would double the time")
+
+
+def _settle_steps(made: Decisions, dataset: Dataset, backbone: Backbone, num_images: int) -> None:
+    """Decide what a training that takes steps needs."""
+    config = made.asked
+    if dataset.crop_size is not None and config.augment.policy == "auto" and config.augment.crop_size is None:
+        made.decide("augment.crop_size", dataset.crop_size, "the task's own")
+    _settle_optimiser(made, backbone.family, num_images)
+    if config.optim.layer_decay not in (None, 1):
+        num_layers = config.num_last or count_layers(backbone.network)
+        lowest = made.config.optim.learning_rate * config.optim.layer_decay**num_layers
+        made.reasons.append(
+            f"  optim.layer_decay: {num_layers} layers, the first one at a learning rate of {lowest:.2g}"
+        )
 
 
 def _last_layers(num_last: int, backbone: Backbone) -> str:
@@ -212,12 +255,12 @@ def _check_source_head(config: Config, backbone: Backbone) -> None:
 
 
 def _settle_start(
-    config: Config,
+    made: Decisions,
     backbone: Backbone,
     objective_class: type[Objective],
     source_text: Callable[[TextConfig], SourceText | SharedSpace | str],
-    decide: Any,
 ) -> None:
+    config, decide = made.asked, made.decide
     start = config.start or objective_class.default_start
     if start == "auto" or start in PRIOR_STARTS:
         source = source_text(config.text)
@@ -241,9 +284,9 @@ def _settle_start(
             raise ConfigError("0 shots need a text prior; add --start prior.")
 
 
-def _settle_optimiser(config: Config, family: str, num_images: int, decide: Any) -> None:
-    optim = config.optim
-    is_random = config.start == "random"
+def _settle_optimiser(made: Decisions, family: str, num_images: int) -> None:
+    optim, decide = made.asked.optim, made.decide
+    is_random = made.config.start == "random"
     backbone_factor, head_factor = RANDOM_START[optim.name] if is_random else (1.0, 1.0)
     usual = LEARNING_RATE[optim.name][family] * backbone_factor
     why = f"the default of {optim.name} for a {family} network" + (" from a random head" if is_random else "")
