@@ -110,10 +110,7 @@ def train(
     ] = None,
     objective: Annotated[
         str | None,
-        typer.Option(
-            help="tes, ce, label_smoothing, text_ce, static_text, l2_sp, bss, co_tuning, bi_tuning; or NAME@PRESET,"
-            " as in tes@paper."
-        ),
+        typer.Option(help="tes, ce or another of `tes list objectives`; or NAME@PRESET, as in tes@paper."),
     ] = None,
     train: Annotated[
         str | None, typer.Option(help="head (solved in seconds), last-N (layers) or all; default: all on a GPU.")

@@ -138,12 +138,14 @@ class ObjectiveConfig(Settings):
     """Base of the objectives' own settings.
 
     `defaults` are its defaults for settings that are not its own, by dotted key; `presets` maps a preset's name to the
-    values it gives; `search` names the settings of its own that are worth a search, and where.
+    values it gives; `search` names the settings of its own that are worth a search, and where; `stepped` those that
+    change nothing where a head is solved.
     """
 
     defaults: ClassVar[Mapping[str, Any]] = {}
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
     search: ClassVar[Mapping[str, Range]] = {}
+    stepped: ClassVar[frozenset[str]] = frozenset()
 
     name: str
     preset: str | None = Field(None, description="a named set of values, for example the authors' own")

@@ -246,11 +246,7 @@ def run_job(
     assert fitted is not None
     if selected:
         run_writer.write_inputs(folder, job.config, loaded.backbone.images)
-    if "kl_label_to_reference" in fitted.figures:
-        distance = fitted.figures["kl_label_to_reference"]
-        console.note(
-            f"KL(label ‖ softened target) is {distance:.3g} on average; at 0 `{job.arm}` is plain cross-entropy"
-        )
+    _note_all(fitted.learner.objective.remarks(fitted.figures))
     metrics = _score(folder, job, fitted, said, journal)
     if shared is None:
         head = fitted.learner.objective.default_head

@@ -18,6 +18,10 @@ from tes.files import NPZ_DAMAGE, write_atomic
 _LOGITS = "logits_"
 
 
+HEADS = ("vision", "text")
+"""The classifiers that a network can have; `both` is the mean of their probabilities."""
+
+
 @dataclass(frozen=True, eq=False)
 class Predictions:
     """The logits of a split's images.
@@ -56,7 +60,7 @@ class Predictions:
 
     def heads(self) -> list[str]:
         """Return the heads that can be scored: `vision`, `text`, and `both` (their average) where both exist."""
-        own = sorted(self.logits, key=["vision", "text"].index)
+        own = sorted(self.logits, key=HEADS.index)
         return [*own, "both"] if len(own) == 2 else own
 
     def log_probabilities(self, head: str) -> np.ndarray:
@@ -143,8 +147,8 @@ def _problem(paths: list[str], labels: np.ndarray, logits: dict[str, np.ndarray]
         return "there are no logits"
     shapes = {head: values.shape for head, values in logits.items()}
     for head, values in logits.items():
-        if head not in ("vision", "text"):
-            return f"`{head}` is not a head; heads are `vision` and `text`"
+        if head not in HEADS:
+            return f"`{head}` is not a head; heads are {' and '.join(f'`{name}`' for name in HEADS)}"
         if values.ndim != 2 or values.dtype.kind != "f":
             return f"the logits of `{head}` should be fractions, (n, C), but are {values.dtype} {values.shape}"
         if len(values) != len(paths):

@@ -41,6 +41,7 @@ from tes.models.image_settings import ImageSettings
 from tes.models.layers import freeze_all_but_last
 from tes.objectives.base import ModelOutput, Objective
 from tes.objectives.text_head import TextHead
+from tes.predictions import HEADS
 from tes.run import Run, SplitRow
 from tes.text.classifier import TextClassifier
 
@@ -437,7 +438,7 @@ class _SavedHeads(Objective):
 def _saved_heads(run: Run, num_features: int, num_classes: int) -> _SavedHeads:
     path = run.file("text_head.safetensors")
     default_head = run.summary.get("default_head", "vision")
-    if default_head not in ("vision", "text"):
+    if default_head not in HEADS:
         raise RunError(f"`{run.path / 'run.json'}` ships the head `{default_head}`; it can be `vision` or `text`.")
     if not path.is_file():
         if default_head == "text":

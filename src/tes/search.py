@@ -44,8 +44,7 @@ def space(config: Config, objective_class: type[Objective]) -> dict[str, Range |
         key: place for key, place in objective_class.Config.search.items() if key not in fixed
     }
     if config.train == "head":
-        ranges.pop("objective.text_loss_weight", None)  # features do not move: h is fitted whatever its weight
-        ranges |= HEAD
+        ranges = {key: place for key, place in ranges.items() if key not in objective_class.Config.stepped} | HEAD
         if config.start in PRIOR_STARTS:
             ranges |= PRIOR
         return ranges
@@ -59,8 +58,7 @@ def space(config: Config, objective_class: type[Objective]) -> dict[str, Range |
 def _grid(config: Config, objective_class: type[Objective]) -> dict[str, Range | Choices]:
     own = {f"objective.{name}" for name in objective_class.Config.model_fields}
     fixed = objective_class.Config.presets.get(config.objective.preset or "", {})
-    # A solved head knows no steps, and h is fitted whatever the weight of its loss.
-    without = ("objective.text_loss_weight", "augment.", "optim.") if config.train == "head" else ()
+    without = (*objective_class.Config.stepped, "augment.", "optim.") if config.train == "head" else ()
     return {
         key: Choices(values)
         for key, values in config.search.items()

@@ -10,7 +10,7 @@ from tes.config import load_config
 from tes.errors import ConfigError
 from tes.models.backbone import SourceHead
 from tes.objectives import objectives, text_objective
-from tes.objectives.base import ModelOutput, ObjectiveContext
+from tes.objectives.base import ModelOutput, Objective, ObjectiveContext
 from tes.objectives.static_text import matching_temperature
 
 B, C, F, D = 6, 5, 7, 4
@@ -418,3 +418,10 @@ def test_the_loss_of_a_mixed_target_is_the_mixture_of_the_losses(name):
     assert not torch.equal(one, other)
     for loss in got:
         assert got[loss].item() == pytest.approx((share * first[loss] + (1 - share) * second[loss]).item(), rel=1e-6)
+
+
+def test_an_objective_that_asks_for_what_nobody_brings_is_refused_where_it_is_defined():
+    with pytest.raises(TypeError, match="frozen_teacher is none of class_text"):
+        type("Teacher", (Objective,), {"needs": frozenset({"frozen_teacher"})})
+    with pytest.raises(TypeError, match="`audio` is none of vision, text"):
+        type("Heard", (Objective,), {"default_head": "audio"})

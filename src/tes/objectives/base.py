@@ -16,6 +16,13 @@ from torch import Tensor, nn
 
 from tes.config import ObjectiveConfig
 from tes.models.backbone import SourceHead
+from tes.predictions import HEADS
+
+NEEDS = frozenset(
+    {"class_text", "pretrained_features", "source_head", "trainable_backbone", "two_views", "whole_batch"}
+)
+"""What an objective may ask for: the classes' text, the training images' pre-trained features, the classifier of the
+pre-training, a backbone that is trained, every image drawn twice, batches that are not split."""
 
 
 @dataclass(frozen=True)
@@ -64,13 +71,23 @@ class Objective(nn.Module):
 
     Config: ClassVar[type[ObjectiveConfig]]
     needs: ClassVar[frozenset[str]] = frozenset()
-    """Of `class_text`, `frozen_teacher`, `pretrained_features`, `source_head`, `trainable_backbone`, `two_views`, and
-    `whole_batch` (no micro-batches); checked before training."""
+    """Of `NEEDS`; checked before training."""
+    is_seeded: ClassVar[bool] = True
+    """Whether something in it depends on the seed, such as parameters of its own; where nothing does, a comparison
+    solves the head of a data set that is used whole from one seed, which stands for all."""
     default_head: ClassVar[str] = "vision"
+    """Of `HEADS`: the head that is shipped."""
     default_start: ClassVar[str] = "probe"
     citation: ClassVar[str] = ""
     key_momentum: float = 0.999
     """With `two_views`: the share of its weights that the slowly moving copy of the backbone keeps at a step."""
+
+    def __init_subclass__(cls, **others: Any) -> None:
+        super().__init_subclass__(**others)
+        if unknown := cls.needs - NEEDS:
+            raise TypeError(f"{cls.__name__}.needs: {', '.join(sorted(unknown))} is none of {', '.join(sorted(NEEDS))}")
+        if cls.default_head not in HEADS:
+            raise TypeError(f"{cls.__name__}.default_head: `{cls.default_head}` is none of {', '.join(HEADS)}")
 
     def __init__(self, config: ObjectiveConfig) -> None:
         super().__init__()
@@ -88,7 +105,7 @@ class Objective(nn.Module):
         """Build the objective's own parameters; called once, before training."""
 
     def fit_features(self, features_NF: Tensor, target_NC: Tensor) -> dict[str, float]:
-        """Fit the objective's own parameters to features that do not move; return figures worth printing."""
+        """Fit the objective's own parameters to features that do not move; return figures for run.json."""
         return {}
 
     def warm_start(self, features_NF: Tensor, target_NC: Tensor) -> dict[str, float]:
@@ -111,12 +128,16 @@ class Objective(nn.Module):
         """Follow up on a step of the optimiser, once per batch; called without a gradient."""
 
     def heads(self, out: ModelOutput) -> dict[str, Tensor]:
-        """Return the logits (B, C) of every classifier that the network has, by name; `default_head` is shipped."""
+        """Return the logits (B, C) of every classifier that the network has, by their names in `HEADS`."""
         return {"vision": out.logits_BC}
+
+    def remarks(self, figures: Mapping[str, float]) -> list[str]:
+        """Return what the figures of `fit_features` or `warm_start` tell the user, in sentences."""
+        return []
 
 
 def soft_cross_entropy(logits_BC: Tensor, reference_BC: Tensor, weight_B: Tensor | None = None) -> Tensor:
-    """Return the mean over the batch of -w sum_c reference_c log softmax(logits)_c, in float32 or wider; w is 1."""
+    """Return the mean over the batch of -w sum_c reference_c log softmax(logits)_c, in float32 or wider; no w: 1."""
     loss_B = -(reference_BC * F.log_softmax(widened(logits_BC), dim=1)).sum(dim=1)
     return loss_B.mean() if weight_B is None else (weight_B * loss_B).mean()
 

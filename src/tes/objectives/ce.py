@@ -16,3 +16,4 @@ class CrossEntropy(Objective):
     """CE(v, y): the base contract as it stands."""
 
     Config: ClassVar[type[ObjectiveConfig]] = CrossEntropyConfig
+    is_seeded: ClassVar[bool] = False

@@ -25,6 +25,7 @@ class LabelSmoothing(Objective):
     """CE(v, (1 - ε) y + ε/C)."""
 
     Config: ClassVar[type[ObjectiveConfig]] = LabelSmoothingConfig
+    is_seeded: ClassVar[bool] = False
     citation: ClassVar[str] = (
         "Szegedy, Vanhoucke, Ioffe, Shlens, Wojna: Rethinking the Inception Architecture for Computer Vision. CVPR 2016"
     )

@@ -27,8 +27,9 @@ class TextSupervisedConfig(TextObjectiveConfig):
     search: ClassVar[Mapping[str, Range]] = {
         **TextObjectiveConfig.search,
         "objective.text_target_weight": Range(0.0, 0.5),
-        "objective.text_loss_weight": Range(0.1, 3.0, log=True),  # with `train: head` it has no effect
+        "objective.text_loss_weight": Range(0.1, 3.0, log=True),
     }
+    stepped: ClassVar[frozenset[str]] = frozenset({"objective.text_loss_weight"})
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {
         "paper": {
             "objective.text_target_weight": 0.2,
@@ -124,6 +125,11 @@ class TextSupervised(TextObjective):
             reference_NC = self.reference(ModelOutput(features_NF, features_NF), target_NC)
         distance = -(target_NC * reference_NC.clamp_min(1e-12).log()).sum(dim=1).mean().item()
         return figures | {"kl_label_to_reference": distance}
+
+    def remarks(self, figures: Mapping[str, float]) -> list[str]:
+        if (distance := figures.get("kl_label_to_reference")) is None:
+            return []
+        return [f"KL(label ‖ softened target) is {distance:.3g} on average; at 0 this is plain cross-entropy"]
 
     def guess(self, target_BC: Tensor, t_BC: Tensor) -> Tensor:
         """Return the distribution (B, C) that softens the targets; no gradient flows from it into t."""

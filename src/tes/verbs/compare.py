@@ -318,9 +318,9 @@ def _settled(settings: Settings, loaded: Loaded, arm: str, shots: str, seed: int
 
 
 def _is_single(config: Config, start: str) -> bool:
-    """Whether nothing in an arm depends on the seed where none draws images: a convex problem, no own parameters."""
+    """Whether nothing in an arm depends on the seed where none draws images."""
     solved = config.train == "head" or (config.train == "auto" and resolve_device(config.device)[0] == "cpu")
-    return solved and "class_text" not in objectives.get(config.objective.name).needs and start != "probe+permuted"
+    return solved and not objectives.get(config.objective.name).is_seeded and start != "probe+permuted"
 
 
 def _common(config: Config) -> dict[str, Any]:
