@@ -14,6 +14,7 @@ import shlex
 import signal
 import sys
 import threading
+from collections.abc import Mapping, Sequence
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
@@ -73,6 +74,19 @@ Checkpoint = Annotated[
 Shots = Annotated[str | None, typer.Option(metavar="K", help="Training images per class, drawn by --seed; or `all`.")]
 Fraction = Annotated[float | None, typer.Option(help="Share of each class's training images, in place of --shots.")]
 Size = Annotated[int | None, typer.Option(help="Side of the images in pixels.")]
+Train = Annotated[
+    str | None, typer.Option(help="head (solved in seconds), last-N (layers) or all; default: all on a GPU.")
+]
+LearningRate = Annotated[float | None, typer.Option(help="Learning rate of the backbone.")]
+BatchSize = Annotated[int | None, typer.Option(help="Images per step.")]
+Epochs = Annotated[float | None, typer.Option(help="Passes over the training images.")]
+Precision = Annotated[str | None, typer.Option(help="auto, fp32, bf16.")]
+Arms = Annotated[str, typer.Option(help="NAME[@PRESET][+START], as in ce,tes,tes@paper+random.")]
+ShotsList = Annotated[str, typer.Option(metavar="K,K,…", help="As in 1,2,4,8,16; `all`; or shares: 15%.")]
+FirstSeed = Annotated[int, typer.Option(help="The first seed.")]
+Controls = Annotated[
+    bool, typer.Option("--controls/--no-controls", help="Add the arms that tell where a gain comes from.")
+]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, mps; default: the best there is.")]
 Seed = Annotated[int | None, typer.Option(help="Draws the shots, the initialisation and the order.")]
 ConfigFile = Annotated[
@@ -84,6 +98,8 @@ Assignments = Annotated[
 ]
 Protocol = Annotated[str, typer.Option(help="val; or paper: chosen on test, and labelled so.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Open and decide everything, print it, train nothing.")]
+Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
+"""Read from the command line itself, in `main`: an error may come before any verb has been entered."""
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON value on stdout.")]
 WhereData = Annotated[
     str | None,
@@ -94,6 +110,33 @@ WhereWeights = Annotated[
     typer.Option("--checkpoint", metavar="FILE", help="The pre-trained weights, if they came from a file; likewise."),
 ]
 RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="A run folder that `tes train` wrote.")]
+
+SETTING_OF = {
+    "data": "data.source",
+    "data_root": "data.root",
+    "partial": "data.partial",
+    "classes": "data.classes",
+    "only_classes": "data.only_classes",
+    "shots": "data.shots",
+    "fraction": "data.fraction",
+    "objective": "objective",
+    "start": "start",
+    "train": "train",
+    "backbone": "backbone.name",
+    "checkpoint": "backbone.checkpoint",
+    "text": "text.encoder",
+    "size": "image.size",
+    "lr": "optim.learning_rate",
+    "batch_size": "optim.batch_size",
+    "epochs": "optim.num_epochs",
+    "precision": "precision",
+    "refit": "refit",
+    "seed": "seed",
+    "device": "device",
+    "workers": "num_workers",
+    "out": "out",
+}
+"""A flag's parameter to the setting that it stands for."""
 
 
 @app.callback(invoke_without_command=True)
@@ -112,9 +155,7 @@ def train(
         str | None,
         typer.Option(help="tes, ce or another of `tes list objectives`; or NAME@PRESET, as in tes@paper."),
     ] = None,
-    train: Annotated[
-        str | None, typer.Option(help="head (solved in seconds), last-N (layers) or all; default: all on a GPU.")
-    ] = None,
+    train: Train = None,
     start: Annotated[
         str | None, typer.Option(help="What the head starts from: auto, probe, probe+prior, prior, random.")
     ] = None,
@@ -128,11 +169,13 @@ def train(
     checkpoint: Checkpoint = None,
     text: Text = None,
     size: Size = None,
-    lr: Annotated[float | None, typer.Option(help="Learning rate of the backbone.")] = None,
-    batch_size: Annotated[int | None, typer.Option(help="Images per step.")] = None,
-    epochs: Annotated[float | None, typer.Option(help="Passes over the training images.")] = None,
-    precision: Annotated[str | None, typer.Option(help="auto, fp32, bf16.")] = None,
-    refit: Annotated[str | None, typer.Option(help="Once more on: none, trainval, all. Default: auto.")] = None,
+    lr: LearningRate = None,
+    batch_size: BatchSize = None,
+    epochs: Epochs = None,
+    precision: Precision = None,
+    refit: Annotated[
+        str | None, typer.Option(help="Retrain before shipping on none, trainval or all; default: auto.")
+    ] = None,
     seed: Seed = None,
     device: Device = None,
     workers: Annotated[int | None, typer.Option(help="Processes that read images.")] = None,
@@ -148,29 +191,10 @@ def train(
     dry_run: DryRun = False,
     config: ConfigFile = None,
     assignments: Assignments = None,
-    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+    debug: Debug = False,
 ) -> None:
     """Fine-tune on a folder or CSV of images; writes a run folder with the model, predictions and metrics."""
-    flags = {
-        "data.source": data,
-        **_data_flags(data_root, partial, classes, only_classes, shots, fraction),
-        "objective": objective,
-        "train": train,
-        "start": start,
-        "backbone.name": backbone,
-        "backbone.checkpoint": checkpoint,
-        "text.encoder": text,
-        "image.size": size,
-        "optim.learning_rate": lr,
-        "optim.batch_size": batch_size,
-        "optim.num_epochs": epochs,
-        "precision": precision,
-        "refit": refit,
-        "seed": seed,
-        "device": device,
-        "num_workers": workers,
-        "out": out,
-    }
+    flags = _flags(locals())
     from tes.config import load_config
 
     settings = load_config(config, flags, assignments or [])
@@ -203,8 +227,7 @@ def train(
     print(f"  tes predict {run.path} PHOTO_OR_FOLDER{own}   # classify new images, no text needed")
     print(f"  tes report {run.path}   # a page with all of this, and the labels that the model doubts")
     print(f"  tes evaluate {run.path} --data OTHER_FOLDER{own}   # score it on other labelled images")
-    same = _same_job(settings, config, assignments)
-    print(f"  tes compare {settings.data.source} --arms ce,tes --seeds 10{same}   # does text help?")
+    print(f"  {_comparison(settings, config, assignments)}   # does text help?")
 
 
 @app.command()
@@ -218,7 +241,7 @@ def evaluate(
     partial: Partial = False,
     backbone: BackboneName = None,
     as_json: AsJson = False,
-    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+    debug: Debug = False,
 ) -> None:
     """Print a run's metrics: of its saved predictions, or on another labelled data set."""
     from tes.verbs.evaluate import evaluate as evaluate_run
@@ -240,7 +263,7 @@ def predict(
     paths: Annotated[list[Path], typer.Argument(metavar="IMAGE...", help="Image files and folders.")],
     backbone: BackboneName = None,
     as_json: AsJson = False,
-    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+    debug: Debug = False,
 ) -> None:
     """Classify images: CSV rows path,label,prob,top5 on stdout. A file that cannot be read is a row with the reason."""
     from tes.verbs.predict import Classifier, image_files
@@ -277,7 +300,7 @@ def diagnose(
     checkpoint: WhereWeights = None,
     out: Annotated[Path | None, typer.Option(help="Folder for diagnosis.{json,svg}; default: the first run.")] = None,
     as_json: AsJson = False,
-    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+    debug: Debug = False,
 ) -> None:
     """Did fine-tuning stay near what the pre-trained model induces, or move towards the text? The paper's claim."""
     from tes.diagnosis import render
@@ -304,7 +327,7 @@ def average(
     checkpoint: WhereWeights = None,
     out: Annotated[str | None, typer.Option(help="The new run; default: runs/<data>-<arm>-averaged-<n>.")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the run in --out.")] = False,
-    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+    debug: Debug = False,
 ) -> None:
     """Average a run's weights with those it started from (WiSE-FT), as far as val says; writes a new run folder."""
     from tes.verbs.average import average as average_run
@@ -328,7 +351,7 @@ def average(
 def calibrate(
     run: RunFolder,
     as_json: AsJson = False,
-    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+    debug: Debug = False,
 ) -> None:
     """Fit temperatures (and the text head's weight) to val, so that probabilities mean what they say."""
     from tes.verbs.calibrate import calibrate as calibrate_run
@@ -345,7 +368,7 @@ def verify(
     data_root: DataRoot = None,
     backbone: BackboneName = None,
     as_json: AsJson = False,
-    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+    debug: Debug = False,
 ) -> None:
     """Does a run hold? Recompute its metrics from its predictions and, with --data, those from its model."""
     from tes.verbs.verify import render
@@ -374,24 +397,15 @@ def text(
     config: ConfigFile = None,
     assignments: Assignments = None,
     as_json: AsJson = False,
-    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+    debug: Debug = False,
 ) -> None:
     """Show what the class names are worth: prompts, neighbours, duplicates, and how well they classify unseen images.
 
     The images (at most 2,000, for the zero-shot accuracy) come from train and val, never from test.
     """
+    flags = _flags(locals())
     from tes.config import load_config
 
-    flags = {
-        "data.source": data,
-        **_data_flags(data_root, partial, classes, only_classes, None, None),
-        "text.encoder": text,
-        "backbone.name": backbone,
-        "backbone.checkpoint": checkpoint,
-        "image.size": size,
-        "seed": seed,
-        "device": device,
-    }
     settings = load_config(config, flags, assignments or [])
     from tes import text as text_room
     from tes.verbs.text import describe_text
@@ -422,25 +436,15 @@ def check(
     config: ConfigFile = None,
     assignments: Assignments = None,
     as_json: AsJson = False,
-    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+    debug: Debug = False,
 ) -> None:
     """Do everything but the training: counts, imbalance, bad images, duplicates, class texts, one batch forward.
 
     Bad images and (near) duplicates are listed in full in bad_images.csv and duplicates.csv, if there are any.
     """
+    flags = _flags(locals(), but=("out",))
     from tes.config import load_config
 
-    flags = {
-        "data.source": data,
-        **_data_flags(data_root, partial, classes, only_classes, shots, fraction),
-        "objective": objective,
-        "backbone.name": backbone,
-        "backbone.checkpoint": checkpoint,
-        "text.encoder": text,
-        "image.size": size,
-        "seed": seed,
-        "device": device,
-    }
     settings = load_config(config, flags, assignments or [])
     from tes.verbs.check import check as check_data
     from tes.verbs.check import render
@@ -454,19 +458,15 @@ def check(
 @app.command()
 def compare(
     data: Data,
-    arms: Annotated[str, typer.Option(help="NAME[@PRESET][+START], as in ce,tes,tes@paper+random.")] = "ce,tes",
-    shots: Annotated[str, typer.Option(metavar="K,K,…", help="As in 1,2,4,8,16; `all`; or shares: 15%.")] = "all",
+    arms: Arms = "ce,tes",
+    shots: ShotsList = "all",
     seeds: Annotated[int, typer.Option(help="How many seeds; ten are seconds with --train head.")] = 3,
-    seed: Annotated[int, typer.Option(help="The first seed.")] = 0,
+    seed: FirstSeed = 0,
     trials: Annotated[int, typer.Option(help="Of a random search, as many for every arm; 1: the defaults.")] = 1,
     split: Annotated[str, typer.Option(help="test; or val, for designing defaults: test is never opened.")] = "test",
     protocol: Protocol = "val",
-    controls: Annotated[
-        bool, typer.Option("--controls/--no-controls", help="Add the arms that tell what a gain is owed to.")
-    ] = True,
-    train: Annotated[
-        str | None, typer.Option(help="head (solved in seconds), last-N (layers) or all; default: all on a GPU.")
-    ] = None,
+    controls: Controls = True,
+    train: Train = None,
     data_root: DataRoot = None,
     partial: Partial = False,
     classes: Classes = None,
@@ -475,33 +475,20 @@ def compare(
     checkpoint: Checkpoint = None,
     text: Text = None,
     size: Size = None,
-    lr: Annotated[float | None, typer.Option(help="Learning rate of the backbone.")] = None,
-    batch_size: Annotated[int | None, typer.Option(help="Images per step.")] = None,
-    epochs: Annotated[float | None, typer.Option(help="Passes over the training images.")] = None,
-    precision: Annotated[str | None, typer.Option(help="auto, fp32, bf16.")] = None,
+    lr: LearningRate = None,
+    batch_size: BatchSize = None,
+    epochs: Epochs = None,
+    precision: Precision = None,
     device: Device = None,
     out: Annotated[str | None, typer.Option(help="The comparison's folder; default: runs/<data>-compare.")] = None,
     dry_run: DryRun = False,
     config: ConfigFile = None,
     assignments: Assignments = None,
     as_json: AsJson = False,
-    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+    debug: Debug = False,
 ) -> None:
     """Does text help on your data? Arms from the same splits and seeds, with statistics and a sentence for each."""
-    flags = {
-        "data.source": data,
-        **_data_flags(data_root, partial, classes, only_classes, None, None),
-        "train": train,
-        "backbone.name": backbone,
-        "backbone.checkpoint": checkpoint,
-        "text.encoder": text,
-        "image.size": size,
-        "optim.learning_rate": lr,
-        "optim.batch_size": batch_size,
-        "optim.num_epochs": epochs,
-        "precision": precision,
-        "device": device,
-    }
+    flags = _flags(locals(), but=("shots", "seed", "out"))
     from tes.comparison import render
     from tes.verbs.compare import Settings
     from tes.verbs.compare import compare as run_compare
@@ -542,18 +529,14 @@ def benchmark(
         str, typer.Option(metavar="A,B", help="Names, NAME=CHECKPOINT, or YAML files with a backbone's settings.")
     ] = "lite0",
     texts: Annotated[str, typer.Option(metavar="X,Y", help="Text encoders, each as for --text.")] = "minilm",
-    arms: Annotated[str, typer.Option(help="NAME[@PRESET][+START], as in ce,tes,tes@paper+random.")] = "ce,tes",
-    shots: Annotated[str, typer.Option(metavar="K,K,…", help="As in 1,2,4,8,16; `all`; or shares: 15%.")] = "all",
+    arms: Arms = "ce,tes",
+    shots: ShotsList = "all",
     seeds: Annotated[int, typer.Option(help="How many seeds.")] = 3,
-    seed: Annotated[int, typer.Option(help="The first seed.")] = 0,
+    seed: FirstSeed = 0,
     trials: Annotated[int, typer.Option(help="Of a search in each comparison; 1: the defaults.")] = 1,
     protocol: Protocol = "val",
-    controls: Annotated[
-        bool, typer.Option("--controls/--no-controls", help="Add the arms that tell what a gain is owed to.")
-    ] = True,
-    train: Annotated[
-        str | None, typer.Option(help="head (solved in seconds), last-N (layers) or all; default: all on a GPU.")
-    ] = None,
+    controls: Controls = True,
+    train: Train = None,
     size: Size = None,
     device: Device = None,
     data_root: DataRoot = None,
@@ -563,20 +546,14 @@ def benchmark(
     ] = None,
     config: ConfigFile = None,
     assignments: Assignments = None,
-    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+    debug: Debug = False,
 ) -> None:
     """Tasks × backbones × text encoders × arms as one resumable set of comparisons, and one table over all of them."""
+    flags = _flags(locals(), but=("data", "shots", "seed", "out"))
     from tes.benchmark_folder import render
     from tes.verbs.benchmark import benchmark as run_benchmark
     from tes.verbs.compare import Settings
 
-    flags = {
-        "data.root": data_root,
-        "data.partial": partial or None,
-        "train": train,
-        "image.size": size,
-        "device": device,
-    }
     try:
         made = run_benchmark(
             Settings(config, flags, assignments or []),
@@ -610,7 +587,7 @@ def report(
     ] = None,
     data: Annotated[str | None, typer.Option(help="The photos, for more pictures than the folder keeps.")] = None,
     data_root: DataRoot = None,
-    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+    debug: Debug = False,
 ) -> None:
     """Write a page to look at and to send on: one HTML file, no network; and a run's doubted labels as CSV."""
     from tes.verbs.report import report as write_report
@@ -626,7 +603,7 @@ def download(
         str | None, typer.Option("--from", help="publisher or hub; default: the publisher, if it can.")
     ] = None,
     partial: Partial = False,
-    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+    debug: Debug = False,
 ) -> None:
     """Fetch a task's images: verified, continued where it broke off, nothing half unpacked."""
     from tes.verbs.download import download as download_task
@@ -657,7 +634,7 @@ def list_(kind: Annotated[Kind, typer.Argument(help="What to list.")], as_json: 
 @app.command()
 def demo(
     out: Annotated[Path, typer.Option(help="Where the images and runs go.")] = Path("tes-demo"),
-    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+    debug: Debug = False,
 ) -> None:
     """Run the whole job on images drawn by code: no download, no network, under two minutes on two cores."""
     from tes.verbs.demo import demo as run_demo
@@ -722,48 +699,57 @@ def _fail(message: str, code: int) -> int:
     return code
 
 
-def _data_flags(
-    root: str | None,
-    partial: bool,
-    classes: str | None,
-    only_classes: str | None,
-    shots: str | None,
-    fraction: float | None,
-) -> dict[str, Any]:
-    return {
-        "data.root": root,
-        "data.partial": partial or None,
-        "data.classes": classes,
-        "data.only_classes": None if only_classes is None else [part.strip() for part in only_classes.split(",")],
-        "data.shots": None if shots in (None, "all") else shots,
-        "data.fraction": fraction,
-    }
+def _flags(given: Mapping[str, Any], but: Sequence[str] = ()) -> dict[str, Any]:
+    """Return the settings that flags stand for, by key; None: not given.
+
+    Args:
+        given: A verb's parameters.
+        but: Those that mean something else to this verb.
+    """
+    flags = {key: given[name] for name, key in SETTING_OF.items() if name in given and name not in but}
+    if not flags.get("data.partial"):
+        flags.pop("data.partial", None)
+    if flags.get("data.shots") == "all":
+        del flags["data.shots"]
+    if (chosen := flags.get("data.only_classes")) is not None:
+        flags["data.only_classes"] = [part.strip() for part in chosen.split(",")]
+    return flags
 
 
-def _same_job(settings: Any, config: Path | None, assignments: list[str] | None) -> str:
-    """Return the flags under which `tes compare` sees the same images, classes, network and settings."""
-    chosen = settings.data.only_classes
-    subset = f"{100 * settings.data.fraction:g}%" if settings.data.fraction else settings.data.shots
-    flags = {
-        "--data-root": settings.data.root,
-        "--shots": None if subset is None else subset or 1,
-        "--only-classes": None if chosen is None else ",".join(chosen),
-        "--classes": settings.data.classes,
-        "--backbone": settings.backbone.name if settings.backbone.name != "lite0" else None,
-        "--checkpoint": settings.backbone.checkpoint,
-        "--text": settings.text.encoder if settings.text.encoder != "minilm" else None,
-        "--size": settings.image.size,
-        "--lr": settings.optim.learning_rate,
-        "--epochs": settings.optim.num_epochs,
-        "--train": settings.train if settings.train != "auto" else None,
-        "--config": config,
-    }
-    given = [f" {flag} {shlex.quote(str(value))}" for flag, value in flags.items() if value is not None]
+def _comparison(settings: Any, config: Path | None, assignments: list[str] | None) -> str:
+    """Return the `tes compare` that has a training's images, classes, network and settings."""
+    from tes.config import load_config
+
+    standard = load_config(flags={"data.source": settings.data.source})
+    is_ours = settings.objective.name == "tes"
+    words = [
+        "tes",
+        "compare",
+        settings.data.source,
+        "--arms",
+        f"ce,{settings.arm if is_ours else 'tes'}",
+        "--seeds",
+        "10",
+    ]
+    if settings.data.fraction or settings.data.shots is not None:
+        words += [
+            "--shots",
+            f"{100 * settings.data.fraction:g}%" if settings.data.fraction else settings.data.shots or 1,
+        ]
     # The arms say the objective and the start, --seeds the seeds, and a comparison has a folder of its own.
-    own = ("objective", "start", "seed", "out", "refit")
-    kept = [text for text in assignments or [] if text.partition("=")[0].partition(".")[0].strip() not in own]
-    sets = [f" --set {shlex.quote(text)}" for text in kept]
-    return "".join(given + sets) + (" --partial" if settings.data.partial else "")
+    own = ("objective", "start", "refit", "seed", "out")
+    for name, key in SETTING_OF.items():
+        value = settings.value(key)
+        if name not in ("data", "shots", "fraction", "workers", *own) and value != standard.value(key):
+            words.append(f"--{name.replace('_', '-')}")
+            if value is not True:
+                words.append(",".join(value) if isinstance(value, tuple) else value)
+    words += [] if config is None else ["--config", config]
+    for text in assignments or ():
+        key = text.partition("=")[0].strip()
+        if key not in own and (is_ours or not key.startswith("objective.")):
+            words += ["--set", text]
+    return shlex.join(map(str, words))
 
 
 def _goes_on(settings: Any, folder: Path) -> str:

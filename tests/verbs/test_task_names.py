@@ -171,10 +171,21 @@ def test_a_task_that_is_not_there_is_to_be_fetched_to_where_it_was_looked_for(cl
     assert code == 2 and f"`tes download pets --data-root {tmp_path}`" in err
 
 
-def test_the_comparison_that_is_proposed_has_the_training_s_settings():
-    from tes.cli import _same_job
+@pytest.mark.parametrize(
+    ("flags", "given", "proposed"),
+    [
+        ({"image.size": 64}, ["backbone.source_classes=imagenet1k", "out=elsewhere", "seed=3"],
+         "ce,tes --seeds 10 --size 64 --set backbone.source_classes=imagenet1k"),
+        ({"optim.batch_size": 8, "precision": "fp32", "data.shots": 4}, ["optim.num_epochs=2"],
+         "ce,tes --seeds 10 --shots 4 --batch-size 8 --epochs 2.0 --precision fp32 --set optim.num_epochs=2"),
+        ({"objective": "tes@paper", "data.only_classes": ["a b", "c"]}, ["objective.temperature=0.2"],
+         "ce,tes@paper --seeds 10 --only-classes 'a b,c' --set objective.temperature=0.2"),
+        ({"objective": "label_smoothing"}, ["objective.smoothing=0.2"], "ce,tes --seeds 10"),
+    ],
+)  # fmt: skip
+def test_the_comparison_that_is_proposed_has_the_training_s_settings(flags, given, proposed):
+    from tes.cli import _comparison
     from tes.config import load_config
 
-    given = ["backbone.source_classes=imagenet1k", "out=elsewhere", "seed=3"]
-    flags = _same_job(load_config(flags={"data.source": "photos", "image.size": 64}, assignments=given), None, given)
-    assert flags == " --size 64 --set backbone.source_classes=imagenet1k"
+    settings = load_config(flags={"data.source": "photos", **flags}, assignments=given)
+    assert _comparison(settings, None, given) == f"tes compare photos --arms {proposed}"
