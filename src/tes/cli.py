@@ -722,20 +722,12 @@ def _comparison(settings: Any, config: Path | None, assignments: list[str] | Non
 
     standard = load_config(flags={"data.source": settings.data.source})
     is_ours = settings.objective.name == "tes"
-    words = [
-        "tes",
-        "compare",
-        settings.data.source,
-        "--arms",
-        f"ce,{settings.arm if is_ours else 'tes'}",
-        "--seeds",
-        "10",
-    ]
-    if settings.data.fraction or settings.data.shots is not None:
-        words += [
-            "--shots",
-            f"{100 * settings.data.fraction:g}%" if settings.data.fraction else settings.data.shots or 1,
-        ]
+    arm = settings.arm if is_ours else "tes"
+    words = ["tes", "compare", settings.data.source, "--arms", f"ce,{arm}", "--seeds", "10"]
+    if settings.data.fraction:
+        words += ["--shots", f"{100 * settings.data.fraction:g}%"]
+    elif settings.data.shots is not None:
+        words += ["--shots", settings.data.shots or 1]  # at 0 shots there is nothing to compare with
     # The arms say the objective and the start, --seeds the seeds, and a comparison has a folder of its own.
     own = ("objective", "start", "refit", "seed", "out")
     for name, key in SETTING_OF.items():
