@@ -28,7 +28,7 @@ from tes.data.dataset import Dataset
 from tes.data.scan import scan
 from tes.data.source import Sample, Source, open_source
 from tes.engine.balance import class_weights
-from tes.engine.compute import Compute, resolve_device
+from tes.engine.compute import Compute, resolve_device, resolve_workers
 from tes.engine.features import FrozenFeatures
 from tes.engine.learner import Learner, one_hot
 from tes.engine.solve import HeadProblem, LinearHead
@@ -383,12 +383,13 @@ def _checked_head(weight_CF: Tensor, bias_C: Tensor, shape: tuple[int, ...], wha
 def recorded_compute(run: Run) -> Compute:
     """Return the arithmetic that the run was trained in where this machine has its device, else plain fp32."""
     device, _ = resolve_device("auto")
+    num_workers, _ = resolve_workers(None, device)
     recorded = run.settings
     if recorded.get("device") != device:
-        return Compute(device, "fp32", "contiguous", 0)
+        return Compute(device, "fp32", "contiguous", num_workers)
     precision = "bf16" if recorded.get("precision") == "bf16" else "fp32"
     layout = "channels_last" if recorded.get("memory_format") == "channels_last" else "contiguous"
-    return Compute(device, precision, layout, 0)
+    return Compute(device, precision, layout, num_workers)
 
 
 def load_learner(run: Run, *, backbone: str | None, network: nn.Module | None, compute: Compute) -> Learner:

@@ -10,7 +10,7 @@ import os
 import subprocess
 import sys
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from http.server import ThreadingHTTPServer
 from pathlib import Path
 
@@ -162,26 +162,48 @@ def test_a_model_is_trained_from_it(dataset_folder, resnet, tmp_path):
 
 
 class Hub(SmallHub):
-    """Serves the folder `server.folder` as the branch `refs/convert/parquet` of the data set `owner/animals`."""
+    """Serves the folders `server.folders`, by branch, as those of the data set `owner/animals`."""
 
     def answer(self, with_body: bool) -> None:
         path = self.path.partition("?")[0].replace("%2F", "/")
         if path.endswith("/README.md") and "owner/animals" in path:
             return self.reply(404, b"", with_body, {"X-Error-Code": "EntryNotFound"})
-        files = {
-            file.relative_to(self.server.folder).as_posix(): file for file in self.server.folder.rglob("*.parquet")
-        }
-        if path.startswith("/api/datasets/owner/animals/tree/refs/convert/parquet"):
-            entries = [
-                {"type": "file", "path": name, "size": file.stat().st_size, "oid": "0"} for name, file in files.items()
-            ]
-            return self.reply(200, json.dumps(entries).encode(), with_body)
-        name = path.removeprefix("/datasets/owner/animals/resolve/refs/convert/parquet/")
-        if name in files and not (self.server.broken and name.startswith(self.server.broken)):
-            content = files[name].read_bytes()
-            return self.reply(200, content, with_body, {"ETag": f'"{hashlib.sha1(content).hexdigest()}"'})
+        for branch, folder in self.server.folders.items():
+            files = {file.relative_to(folder).as_posix(): file for file in folder.rglob("*.parquet")}
+            if path.startswith(f"/api/datasets/owner/animals/tree/{branch}"):
+                entries = [
+                    {"type": "file", "path": name, "size": file.stat().st_size, "oid": "0"}
+                    for name, file in files.items()
+                ]
+                return self.reply(200, json.dumps(entries).encode(), with_body)
+            name = path.removeprefix(f"/datasets/owner/animals/resolve/{branch}/")
+            if name in files and not (self.server.broken and name.startswith(self.server.broken)):
+                content = files[name].read_bytes()
+                return self.reply(200, content, with_body, {"ETag": f'"{hashlib.sha1(content).hexdigest()}"'})
         code = "RepoNotFound" if "owner/animals" not in path else "EntryNotFound"
+        code = "RevisionNotFound" if "/tree/" in path and "owner/animals" in path else code
         return self.reply(404, b"", with_body, {"X-Error-Code": code})
+
+
+@pytest.fixture
+def look(tmp_path: Path) -> Iterator[Callable[..., str]]:
+    """Open a data set in a process of its own, with a small Hub's address where `folders` are served."""
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    server.folders, server.broken = {}, ""
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+
+    def look(name: str, is_served: bool = True, home: str = "home", **environment: str) -> str:
+        kept = {key: value for key, value in os.environ.items() if not key.upper().endswith("_PROXY")}
+        kept |= {"HF_HOME": str(tmp_path / home), "HF_HUB_DISABLE_XET": "1", **environment}
+        if is_served:
+            kept["HF_ENDPOINT"] = f"http://127.0.0.1:{server.server_port}"
+        run = subprocess.run([sys.executable, "-c", LOOK, name], env=kept, capture_output=True, text=True)
+        assert run.returncode == 0, run.stderr
+        return run.stdout.strip()
+
+    look.server = server
+    yield look
+    server.shutdown()
 
 
 LOOK = """
@@ -189,7 +211,8 @@ import sys
 from tes.data.source import open_source
 from tes.errors import TesError
 try:
-    print(len(open_source(sys.argv[1]).samples))
+    source = open_source(sys.argv[1])
+    print(len(source.samples), *source.notes)
 except TesError as error:
     print(error)
 """
@@ -197,31 +220,34 @@ except TesError as error:
 
 @pytest.mark.slow
 def test_the_hubs_own_conversion_is_fetched_once_and_read_without_a_network_from_then_on(
-    tmp_path, dataset_folder, own_cache
+    tmp_path, dataset_folder, own_cache, look
 ):
     served = tmp_path / "served"
     for split in ("train", "validation", "test"):
         file = min((dataset_folder / "data").glob(f"{split}-*"))
         (served / "default" / split).mkdir(parents=True)
         (served / "default" / split / "0000.parquet").write_bytes(file.read_bytes())
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
-    server.folder, server.broken = served, "default/validation"
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-
-    def look(name: str, **environment: str) -> str:
-        kept = {key: value for key, value in os.environ.items() if not key.upper().endswith("_PROXY")}
-        kept |= {"HF_HOME": str(tmp_path / "home"), "HF_HUB_DISABLE_XET": "1", **environment}
-        run = subprocess.run([sys.executable, "-c", LOOK, name], env=kept, capture_output=True, text=True)
-        assert run.returncode == 0, run.stderr
-        return run.stdout.strip()
-
-    here = {"HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}"}
-    assert "nor a public data set of the Hub" in look("hf:owner/plants", **here)
-    assert "Fetching `owner/animals` from the Hub broke off" in look("hf:owner/animals", **here)
+    look.server.folders, look.server.broken = {"refs/convert/parquet": served}, "default/validation"
+    assert "nor a public data set of the Hub" in look("hf:owner/plants")
+    assert "Fetching `owner/animals` from the Hub broke off" in look("hf:owner/animals")
     assert "HF_HUB_OFFLINE forbids to fetch it" in look(
-        "hf:owner/animals", HF_HUB_OFFLINE="1"
+        "hf:owner/animals", is_served=False, HF_HUB_OFFLINE="1"
     )  # half is not a data set
-    server.broken = ""
-    assert look("hf:owner/animals", **here) == "19"
-    server.shutdown()
-    assert look("hf:owner/animals", HF_HUB_OFFLINE="1") == "19"
+    look.server.broken = ""
+    assert look("hf:owner/animals") == "19"
+    assert look("hf:owner/animals", is_served=False, HF_HUB_OFFLINE="1") == "19"
+
+
+@pytest.mark.slow
+def test_of_a_split_that_the_hub_has_cut_off_the_owners_own_files_are_taken_or_it_is_said(tmp_path, own_cache, look):
+    cut_off, whole = tmp_path / "cut-off", tmp_path / "whole"
+    write_parquet(cut_off / "default" / "partial-train" / "0000.parquet", [2, 0, 1])
+    write_parquet(cut_off / "default" / "test" / "0000.parquet", [0, 1], first=50)
+    write_parquet(whole / "data" / "train-00000-of-00001.parquet", [2, 0, 1] * 3)
+    write_parquet(whole / "data" / "test-00000-of-00001.parquet", [0, 1], first=50)
+    look.server.folders = {"refs/convert/parquet": cut_off, "main": whole}
+    assert look("hf:owner/animals") == "11"
+    look.server.folders = {"refs/convert/parquet": cut_off}
+    for is_served in (True, False):  # the second time from what was fetched
+        said = look("hf:owner/animals", is_served=is_served, home="other", TES_CACHE=str(tmp_path / "other-cache"))
+        assert said.startswith("5 Of train the Hub has only the first 5 GB as Parquet")

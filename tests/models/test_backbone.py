@@ -18,6 +18,7 @@ from tes.config import BackboneConfig, ImageConfig
 from tes.errors import ConfigError, MissingExtraError, ModelError
 from tes.models import bundled
 from tes.models.backbone import Backbone, family_of, hub_names, load_backbone, source_names
+from tes.models.clip import refuse_other_activation
 from tes.models.image_settings import IMAGENET
 
 TINY_RESNET = {"name": "resnet18", "kwargs": {"channels": [4, 8, 8, 16], "stem_width": 4}}
@@ -246,6 +247,41 @@ def test_hub_weights_without_a_network_fail_at_once_with_the_offline_choice(monk
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
     assert done.stdout.startswith("ModelError") and "--backbone lite0" in done.stdout
+
+
+def test_hub_weights_that_are_in_the_cache_need_no_network(tmp_path, monkeypatch):
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    name = "test_vit.r160_in1k"
+    repository = tmp_path / "models--timm--test_vit.r160_in1k"
+    snapshot = repository / "snapshots" / "0123"
+    snapshot.mkdir(parents=True)
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text("0123")
+    with pytest.raises(ModelError, match="HF_HUB_OFFLINE forbids to fetch it"):
+        load_backbone(BackboneConfig(name=name), ImageConfig())
+    network = timm_checkpoint(snapshot / "model.safetensors", {"name": name, "kwargs": {}}, num_classes=1000)
+    backbone = load_backbone(BackboneConfig(name=name), ImageConfig())
+    assert torch.equal(backbone.network.state_dict()["norm.weight"], network.state_dict()["norm.weight"])
+    assert torch.equal(backbone.network.pos_embed, network.pos_embed)
+    assert backbone.source_head.names[0] == "tench"
+
+
+def test_hub_weights_that_need_quickgelu_are_not_read_into_gelu():
+    import timm
+
+    class Tower(nn.Module):
+        def __init__(self, name, activation):
+            super().__init__()
+            self.pretrained_cfg, self.act = timm.get_pretrained_cfg(name).to_dict(), activation
+
+    openai = "vit_base_patch32_clip_224.openai"
+    with pytest.raises(ModelError, match=r"name `vit_base_patch32_clip_quickgelu_224\.openai`"):
+        refuse_other_activation(Tower(openai, nn.GELU()), openai)
+    refuse_other_activation(Tower(openai, timm.layers.activations.QuickGELU()), openai)
+    refuse_other_activation(Tower("vit_base_patch16_224.augreg_in21k", nn.GELU()), "vit_base_patch16_224")
 
 
 def _settings():

@@ -159,17 +159,28 @@ def test_damaged_foreign_or_incomplete_weights_are_explained(bert_folder, tmp_pa
 
 def test_pickled_weights_are_refused_with_the_command_that_converts_them(bert_folder, tmp_path):
     import torch
-    from transformers import AutoModel, BertModel
+    from transformers import BertModel
 
     folder = copy(bert_folder, tmp_path)
     (folder / "model.safetensors").unlink()
     torch.save(BertModel.from_pretrained(bert_folder).state_dict(), folder / "pytorch_model.bin")
     with pytest.raises(TextError, match=r"no model\.safetensors") as refused:
         bert(folder).encode(SENTENCES)
-    command = str(refused.value).partition("import AutoModel; ")[2].rstrip('"')
-    assert "save_pretrained" in command
-    exec(command, {"AutoModel": AutoModel})
+    command = str(refused.value).partition('-c "')[2].partition('"')[0]
+    assert "save_pretrained" in command and str(refused.value).endswith(f"and take `bert:{folder}`.")
+    exec(command)
     np.testing.assert_array_equal(bert(folder).encode(SENTENCES), bert(bert_folder).encode(SENTENCES))
+
+
+@pytest.mark.parametrize("kind", ["bert", "clip"])
+def test_a_folder_without_a_tokeniser_is_refused_since_an_empty_one_would_be_made(
+    kind, bert_folder, clip_folder, tmp_path
+):
+    folder = copy({"bert": bert_folder, "clip": clip_folder}[kind], tmp_path)
+    for name in ("tokenizer.json", "vocab.json", "vocab.txt", "merges.txt", "tokenizer_config.json"):
+        (folder / name).unlink(missing_ok=True)
+    with pytest.raises(TextError, match="has no tokeniser"):
+        {"bert": bert, "clip": clip}[kind](folder).encode(SENTENCES)
 
 
 def test_code_in_a_model_folder_is_never_run(bert_folder, tmp_path):

@@ -31,6 +31,8 @@ if TYPE_CHECKING:
 
 REVISIONS = ("refs/convert/parquet", "main")
 """Where Parquet files are looked for: the Hub's own conversion, then what the owner uploaded."""
+CUT_OFF = "partial-"
+"""How the Hub's conversion names the folder of a split of which it holds only the beginning."""
 OPTIONS = ("config", "image", "label")
 LABEL_COLUMNS = ("label", "labels", "class", "target")
 _SUFFIX = {
@@ -51,6 +53,8 @@ class Shard:
     file: Path
     config: str
     split: str
+    is_cut_off: bool = False
+    """Whether the split goes on: of one that is longer than 5 GB the Hub converts only the beginning to Parquet."""
 
 
 @dataclass(frozen=True)
@@ -84,6 +88,11 @@ class HubSource(LocalSource):
         super().__init__(cache_dir() / "images", name=folder.resolve().name if here else name.rpartition("/")[2])
         self.notes: list[str] = []
         splits = self._splits(shards)
+        if cut_off := sorted({shard.split for shard in shards if shard.is_cut_off and shard.split in splits}):
+            self.notes.append(
+                f"Of {listing(cut_off)} the Hub has only the first 5 GB as Parquet: images, maybe whole classes, are"
+                " missing."
+            )
         columns = _columns(ref, shards[0].file, options)
         if other := [shard.file for shard in shards if _columns(ref, shard.file, options) != columns]:
             raise DataError(
@@ -160,10 +169,12 @@ def _shard(path: str, file: Path) -> Shard:
     *folders, name = path.split("/")
     stem = re.sub(r"[-_.]\d+(-of-\d+)?.*$", "", name.removesuffix(".parquet"))
     split = "" if stem.isdigit() else stem.lower()
+    is_cut_off = False
     if folders and (split == "" or folders[-1].lower() in SPLIT_WORDS):
-        split = folders.pop().lower().removeprefix("partial-")
+        split = folders.pop().lower()
+        is_cut_off, split = split.startswith(CUT_OFF), split.removeprefix(CUT_OFF)
     config = "/".join(folders)
-    return Shard(file, "default" if config in ("", "data") else config, split)
+    return Shard(file, "default" if config in ("", "data") else config, split, is_cut_off)
 
 
 def _one_config(ref: str, shards: list[Shard], wanted: str | None) -> list[Shard]:
@@ -190,31 +201,20 @@ def fetch_shards(name: str, config: str | None) -> list[Shard]:
     """
     memory = cache_dir() / "hub" / f"{sha256_text(name, config)}.json"
     try:
-        kept = [Shard(Path(file), str(config), str(split)) for file, config, split in json.loads(memory.read_text())]
+        rows = json.loads(memory.read_text())
+        kept = [Shard(Path(file), str(of), str(split), bool(is_cut_off)) for file, of, split, is_cut_off in rows]
     except (OSError, ValueError, TypeError):
         kept = []
     if kept and all(shard.file.is_file() for shard in kept):
         return kept
     offline = "use a folder of its Parquet files (`hf:FOLDER`), a folder of class folders, or a CSV"
     require_hub(name, offline, DataError, repo_type="dataset")
-    from huggingface_hub import HfApi, hf_hub_download
-    from huggingface_hub.errors import RevisionNotFoundError
+    from huggingface_hub import hf_hub_download
 
     try:
-        for revision in REVISIONS:
-            try:
-                listed = HfApi().list_repo_files(name, repo_type="dataset", revision=revision)
-            except RevisionNotFoundError:
-                continue
-            found = [_shard(path, Path(path)) for path in sorted(listed) if path.endswith(".parquet")]
-            if found:
-                break
-        else:
-            raise DataError(f"`hf:{name}` has no Parquet files on the Hub, and nothing else is read: {offline}.")
+        revision, listed = _listed_shards(name, config, offline)
         shards = []
-        found = _one_config(name, found, config)
-        known = [shard for shard in found if shard.split in SPLIT_WORDS]
-        for shard in known or found:
+        for shard in listed:
             file = hf_hub_download(name, shard.file.as_posix(), repo_type="dataset", revision=revision)
             shards.append(dataclasses.replace(shard, file=Path(file)))
     except DataError:
@@ -225,8 +225,41 @@ def fetch_shards(name: str, config: str | None) -> list[Shard]:
         raise DataError(
             f"Fetching `{name}` from the Hub broke off ({reason}): run it again, or {offline}."
         ) from problem
-    write_json(memory, [[str(shard.file), shard.config, shard.split] for shard in shards])
+    write_json(memory, [[str(shard.file), shard.config, shard.split, shard.is_cut_off] for shard in shards])
     return shards
+
+
+def _listed_shards(name: str, config: str | None, offline: str) -> tuple[str, list[Shard]]:
+    """Return a revision and those of its Parquet files that are used: of one in which no split is cut off, if any is.
+
+    Raises:
+        DataError: There are none, or a choice is open.
+    """
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import RevisionNotFoundError
+
+    cut_off = None
+    for revision in REVISIONS:
+        try:
+            files = HfApi().list_repo_files(name, repo_type="dataset", revision=revision)
+        except RevisionNotFoundError:
+            continue
+        found = [_shard(path, Path(path)) for path in sorted(files) if path.endswith(".parquet")]
+        if not found:
+            continue
+        try:
+            found = _one_config(name, found, config)
+        except DataError:
+            if cut_off is None:
+                raise
+            continue
+        used = [shard for shard in found if shard.split in SPLIT_WORDS] or found
+        if not any(shard.is_cut_off for shard in used):
+            return revision, used
+        cut_off = cut_off or (revision, used)
+    if cut_off is None:
+        raise DataError(f"`hf:{name}` has no Parquet files on the Hub, and nothing else is read: {offline}.")
+    return cut_off
 
 
 def _columns(ref: str, file: Path, options: Mapping[str, str]) -> Columns:

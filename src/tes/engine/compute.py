@@ -42,6 +42,10 @@ class Compute:
         layout = torch.channels_last if self.memory_format == "channels_last" else torch.contiguous_format
         return images_B3HW.to(self.device, memory_format=layout, non_blocking=True)
 
+    def move(self, x: Tensor) -> Tensor:
+        """Move a tensor of a batch to the device, without waiting for it."""
+        return x.to(self.device, non_blocking=True)
+
     def autocast(self) -> torch.autocast:
         """Return the context in which the backbone runs."""
         return torch.autocast(self.device, dtype=torch.bfloat16, enabled=self.precision == "bf16")

@@ -6,8 +6,11 @@ and the arithmetic. Shapes: N images, F features.
 
 from __future__ import annotations
 
+import itertools
 import json
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -20,6 +23,7 @@ from tes.engine.loader import eval_batches
 from tes.files import NPZ_DAMAGE, cache_dir, replacing, sha256_text
 from tes.models.backbone import Backbone
 
+T = TypeVar("T")
 SHARD = 2048
 """Images between two writes to disk: what an interruption can cost."""
 
@@ -62,15 +66,12 @@ class FrozenFeatures:
         missing = list({sha1s[index]: index for index in indices if sha1s[index] not in known}.values())
         if known and missing:
             console.note(f"features: {len(indices) - len(missing)} of {len(indices)} found in the cache")
-        for start in range(0, len(missing), SHARD):
-            part = np.array(missing[start : start + SHARD])
-            label = f"features ({start + len(part)}/{len(missing)})" if len(missing) > SHARD else "features"
-            rows = compute_features(self.backbone, self.dataset, part, self.compute, label).numpy()
-            is_read = np.isin(part, self.dataset.present(part))
-            keys = [sha1s[index] for index in part[is_read]]
-            if keys:
-                self._store.write(keys, rows[is_read])
-            known.update(zip(keys, rows[is_read]))
+        wanted = np.array(missing, dtype=np.int64)
+        computed = _features(self.backbone, self.dataset, wanted, self.compute, "features") if missing else ()
+        for part in _gathered(computed, SHARD):
+            rows = {sha1s[index]: row for index, row in part}
+            self._store.write(list(rows), np.stack(list(rows.values())))
+            known |= rows
         for index in indices.tolist():
             if sha1s[index] in known:
                 self._rows_NF[index] = torch.from_numpy(known[sha1s[index]])
@@ -84,16 +85,31 @@ def compute_features(
 
     The row of an image that can no longer be read is NaN; `dataset.present` tells which.
     """
-    compute.place(backbone).eval()
     rows_NF = torch.full((len(indices), backbone.num_features), torch.nan)
-    place = {int(index): row for row, index in enumerate(indices)}
-    with torch.inference_mode(), console.progress(len(indices), label) as progress:
-        for batch in eval_batches(dataset, indices, backbone.images, compute):
-            with compute.autocast():
-                features_BF = backbone(compute.images(batch.images_B3HW))
-            rows_NF[[place[index] for index in batch.indices_B.tolist()]] = features_BF.float().cpu()
-            progress.advance(len(features_BF))
+    row_of = {int(index): row for row, index in enumerate(indices)}
+    for index, row_F in _features(backbone, dataset, indices, compute, label):
+        rows_NF[row_of[index]] = torch.from_numpy(row_F)
     return rows_NF
+
+
+def _features(
+    backbone: Backbone, dataset: Dataset, indices: np.ndarray, compute: Compute, label: str
+) -> Iterator[tuple[int, np.ndarray]]:
+    """Yield (index, feature (F,)) of every image that can be read, as they are computed."""
+    compute.place(backbone).eval()
+    with console.progress(len(indices), label) as progress:
+        for batch in eval_batches(dataset, indices, backbone.images, compute):
+            with torch.inference_mode(), compute.autocast():
+                features_BF = backbone(compute.images(batch.images_B3HW))
+            yield from zip(batch.indices_B.tolist(), features_BF.float().cpu().numpy())
+            progress.advance(len(features_BF))
+
+
+def _gathered(items: Iterable[T], number: int) -> Iterator[list[T]]:
+    """Yield lists of `number` items; the last one may be shorter."""
+    iterator = iter(items)
+    while part := list(itertools.islice(iterator, number)):
+        yield part
 
 
 class _Store:

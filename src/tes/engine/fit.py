@@ -64,7 +64,8 @@ class Fitted:
 def head_problem(config: Config, prior: Prior | None, class_weight_C: Tensor | None = None) -> HeadProblem:
     """Return the convex problem that `start` names."""
     used = prior if config.start in PRIOR_STARTS else None
-    return HeadProblem(config.optim.head_penalty, used, config.start != "prior", class_weight_C)
+    device = "cuda" if config.device == "cuda" else "cpu"  # float64: there is none on an Apple GPU
+    return HeadProblem(config.optim.head_penalty, used, config.start != "prior", class_weight_C, device)
 
 
 def fit(
@@ -97,7 +98,7 @@ def fit(
     if not len(indices):
         return _without_labels(problem, given)
     objective: Objective = objectives.get(config.objective.name)(config.objective)
-    objective.class_weight_C = class_weight_C
+    objective.class_weight_C = None if class_weight_C is None else class_weight_C.float()
     features_NF = target_NC = None
     if config.start != "random" or "pretrained_features" in objective.needs:
         indices = features.readable(indices)

@@ -43,6 +43,10 @@ class Batch:
     target_BC: Tensor | None = None
     key_images_B3HW: Tensor | None = None
 
+    def pin_memory(self) -> Batch:
+        """Return the batch in memory that an accelerator copies from while the CPU goes on; the data loader asks."""
+        return Batch(*(None if x is None else x.pin_memory() for x in vars(self).values()))
+
     def split(self, num_parts: int) -> Iterator[Batch]:
         """Yield the micro-batches."""
         parts = [None if x is None else x.tensor_split(num_parts) for x in vars(self).values()]

@@ -42,11 +42,13 @@ def train_step(
     """Take one step on one batch and return its losses, each a mean over the batch."""
     total: dict[str, Tensor] = {}
     num_parts = max(1, min(accumulate, len(batch.labels_B) // 2))  # a part of one image breaks batch norm
-    place = learner.compute.images
+    compute = learner.compute
     for part in batch.split(num_parts):
-        target_BC = one_hot(part.labels_B, learner.head.out_features) if part.target_BC is None else part.target_BC
-        key_images = None if part.key_images_B3HW is None else place(part.key_images_B3HW)
-        losses = learner(place(part.images_B3HW), target_BC.to(learner.compute.device), key_images)
+        target_BC = part.target_BC
+        if target_BC is None:
+            target_BC = one_hot(compute.move(part.labels_B), learner.head.out_features)
+        key_images = None if part.key_images_B3HW is None else compute.images(part.key_images_B3HW)
+        losses = learner(compute.images(part.images_B3HW), target_BC, key_images)
         share = len(part.labels_B) / len(batch.labels_B)  # backward() sums gradients; the shares make them a mean
         (share * sum(losses.values())).backward()
         for name, loss in losses.items():

@@ -45,7 +45,7 @@ def _mix(
 ) -> Iterator[Batch]:
     for step, batch in enumerate(batches, first_step):
         images_B3HW = compute.images(batch.images_B3HW).float()  # mixup cannot be written into uint8
-        target_BC = one_hot(batch.labels_B, num_classes).to(compute.device)
+        target_BC = one_hot(compute.move(batch.labels_B), num_classes)
         digest = hashlib.blake2b(f"mix:{seed}:{step}".encode(), digest_size=8).digest()
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(int.from_bytes(digest))  # the CPU's alone: an accelerator draws nothing

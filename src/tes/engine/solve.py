@@ -22,7 +22,7 @@ Shapes: N images, F features, C classes, K coordinates of the images.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -69,7 +69,7 @@ class Standardizer:
     def fold(self, weight_CF: Tensor, bias_C: Tensor) -> LinearHead:
         """Return the head on plain features that gives the same logits as (weight, bias) on standardised ones."""
         folded_CF = SCALE * weight_CF / self.radius
-        return LinearHead(folded_CF.float(), (bias_C - folded_CF @ self.mean_F).float())
+        return LinearHead(folded_CF.float().cpu(), (bias_C - folded_CF @ self.mean_F).float().cpu())
 
 
 @dataclass(frozen=True)
@@ -98,6 +98,7 @@ class HeadProblem:
         penalty: `optim.head_penalty`.
         prior: P and the form; None: a probe.
         corrects: Whether V is solved for; without it the images only set α and b.
+        device: Where it is solved, in float64; the solution is on the CPU.
         class_weight_C: What an image's CE is multiplied by, by its label, brought to a mean of 1 over the images.
     """
 
@@ -105,6 +106,7 @@ class HeadProblem:
     prior: Prior | None = None
     corrects: bool = True
     class_weight_C: Tensor | None = None
+    device: str = "cpu"
 
     def solve(
         self,
@@ -124,22 +126,31 @@ class HeadProblem:
         Raises:
             TrainingError: A setting is so extreme that the solution is not finite.
         """
+        try:
+            return self._solve(features_NF, reference_NC, target_NC, tolerance)
+        except torch.OutOfMemoryError:  # an accelerator's alone
+            console.note("the head's problem is too large for the accelerator's memory and is solved on the CPU")
+            return replace(self, device="cpu")._solve(features_NF.cpu(), reference_NC, target_NC, tolerance)
+
+    def _solve(self, features_NF: Tensor, reference_NC: Tensor, target_NC: Tensor | None, tolerance: float) -> Solution:
+        features_NF = features_NF.to(self.device)
         standardize = Standardizer.fit(features_NF)
         x_NF = standardize(features_NF)
-        reference_NC = reference_NC.to(x_NF.dtype)
+        reference_NC = reference_NC.to(x_NF)
+        target_NC = None if target_NC is None else target_NC.to(x_NF)
         num_features, num_classes = x_NF.shape[1], reference_NC.shape[1]
         x_NK, basis_FK = _coordinates(x_NF) if self.corrects else (x_NF[:, :0], x_NF.new_zeros(num_features, 0))
         evidence_NC, prior_CF = None, None
         if self.prior is not None:
             prior_CF = self.prior.rows_CF.to(x_NF)
             evidence_NC = x_NF @ prior_CF.T
-        weight_N = self._weights(reference_NC if target_NC is None else target_NC.to(x_NF.dtype))
+        weight_N = self._weights(reference_NC if target_NC is None else target_NC)
         weight_CK, bias_C, trust_C, price = self._minimise(x_NK, evidence_NC, reference_NC, weight_N, tolerance)
         if target_NC is not None:
             logits_NC = torch.addmm(bias_C, x_NK, weight_CK.T)
             if evidence_NC is not None and trust_C is not None:
                 logits_NC += trust_C * evidence_NC
-            scale = best_scale(logits_NC, target_NC.to(x_NF.dtype), price, weight_N)
+            scale = best_scale(logits_NC, target_NC, price, weight_N)
             weight_CK, bias_C = scale * weight_CK, scale * bias_C
             trust_C = None if trust_C is None else scale * trust_C
         weight_CF = weight_CK @ basis_FK.T

@@ -24,7 +24,7 @@ from tes.errors import ModelError, did_you_mean, listing, one_line
 from tes.files import sha256_text, user_path
 from tes.models import bundled, image_settings
 from tes.models.checkpoint import Checkpoint, load_strictly, open_checkpoint
-from tes.models.clip import check_activation, usable_projection
+from tes.models.clip import check_activation, refuse_other_activation, usable_projection
 from tes.models.image_settings import ImageSettings
 
 HEAD_NAMES = ("fc", "classifier", "head")
@@ -80,7 +80,7 @@ class Backbone(nn.Module):
         features_2F = self._probe()
         # Of one's own module neither weights nor layers show an edited `forward`; what it makes of an image does.
         # Two digits, since the last ones depend on the number of threads.
-        answer = [f"{value:.2g}" for value in features_2F[0, :16].double().tolist()]
+        answer = [f"{value:.2g}" for value in features_2F[0, :16].cpu().double().tolist()]
         self.fingerprint = sha256_text(fingerprint(self.network), *answer)
         return features_2F.shape[1]
 
@@ -99,7 +99,7 @@ class Backbone(nn.Module):
         pattern = torch.arange(2 * 3 * size * size).mul(2654435761).remainder(251)
         try:
             with torch.no_grad():
-                features = self(pattern.to(torch.uint8).view(2, 3, size, size))
+                features = self(pattern.to(self.mean_3HW.device, torch.uint8).view(2, 3, size, size))
         except Exception as problem:  # whatever an unknown network raises, the user needs one sentence
             reason = one_line(problem, 200).rstrip(".")
             raise ModelError(
@@ -203,6 +203,7 @@ def _timm_model(config: BackboneConfig, images: ImageConfig) -> Backbone:
         is_tagged = "." in config.name  # `vit_base_patch16_224.dino`: the user says whose weights they are
         where = f"timm's configuration of `{config.name}`" + ("" if is_tagged else ", *assumed*")
         return _from_checkpoint(config, images, network, classifier, [(where, values)], trust_last=is_tagged)
+    refuse_other_activation(network, config.name)
     what = f"The Hub's checkpoint of `{config.name}`"
     head, rest = _split_head(_hub_weights(config, network), classifier, config)
     projection_DF = None
@@ -289,12 +290,22 @@ def _hub_weights(config: BackboneConfig, network: nn.Module) -> dict[str, Tensor
     repository = network.pretrained_cfg.get("hf_hub_id")
     if not repository:
         raise ModelError(f"timm has no weights for `{config.name}`; give a local file with --checkpoint.")
-    require_hub(repository, "use `--backbone lite0`, or a local file with `--checkpoint`", error=ModelError)
+    if not _is_in_hub_cache(network.pretrained_cfg):
+        require_hub(repository, "use `--backbone lite0`, or a local file with `--checkpoint`", error=ModelError)
     try:
         full = timm.create_model(config.name, pretrained=True, **config.kwargs)
     except Exception as problem:  # timm and the Hub client raise many kinds; all mean: no weights
         raise ModelError(f"The weights of `{config.name}` cannot be loaded: {one_line(problem, 200)}.") from problem
     return full.state_dict()
+
+
+def _is_in_hub_cache(pretrained_cfg: Mapping[str, Any]) -> bool:
+    from huggingface_hub import try_to_load_from_cache
+
+    repository, _, revision = pretrained_cfg["hf_hub_id"].partition("@")
+    named = pretrained_cfg.get("hf_hub_filename")
+    files = [named] if named else ["model.safetensors", "pytorch_model.bin"]
+    return any(isinstance(try_to_load_from_cache(repository, file, revision=revision or None), str) for file in files)
 
 
 def _own_module(config: BackboneConfig, images: ImageConfig, network: nn.Module | None) -> Backbone:

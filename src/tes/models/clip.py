@@ -25,16 +25,35 @@ def check_activation(path: Path, network: nn.Module, checkpoint: Checkpoint, nam
         "attn" in key for key in checkpoint.tensors
     ):
         return []  # a ModifiedResNet has ReLUs
-    has_quick = any(type(module).__name__.lower() == "quickgelu" for module in network.modules())
+    has_quick = _has_quick_gelu(network)
     needs_quick, why = _needs_quick_gelu(path, checkpoint)
     if needs_quick is None:
         kind = "QuickGELU" if has_quick else "GELU"
         return [f"CLIP weights do not say whether they need QuickGELU (OpenAI's do); `{name}` is built with {kind}"]
     if needs_quick == has_quick:
         return []
-    other = name.replace("_clip_quickgelu_", "_clip_") if has_quick else name.replace("_clip_", "_clip_quickgelu_")
-    raise ModelError(
-        f"The weights `{path}` were trained with {'QuickGELU' if needs_quick else 'GELU'} ({why}), and `{name}` has"
+    raise _other_activation(f"`{path}`", name, needs_quick, why)
+
+
+def refuse_other_activation(network: nn.Module, name: str) -> None:
+    """Refuse a Hub model whose weights need QuickGELU, as timm notes, and that timm builds with GELU.
+
+    Raises:
+        ModelError: It is one of those.
+    """
+    notes = str(network.pretrained_cfg.get("notes"))
+    if "quickgelu" in notes.lower() and not _has_quick_gelu(network):
+        raise _other_activation(f"of `{name}`", name, True, "timm's notes on them")
+
+
+def _has_quick_gelu(network: nn.Module) -> bool:
+    return any(type(module).__name__.lower() == "quickgelu" for module in network.modules())
+
+
+def _other_activation(weights: str, name: str, needs_quick: bool, why: str) -> ModelError:
+    other = name.replace("_clip_", "_clip_quickgelu_") if needs_quick else name.replace("_clip_quickgelu_", "_clip_")
+    return ModelError(
+        f"The weights {weights} were trained with {'QuickGELU' if needs_quick else 'GELU'} ({why}), and `{name}` has"
         f" the other activation; name `{other}`, or set backbone.kwargs.act_layer="
         f"{'quick_gelu' if needs_quick else 'gelu'}."
     )

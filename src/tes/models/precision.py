@@ -13,9 +13,11 @@ import torch
 
 
 def device_kind(device: str) -> str:
-    """Return the table's name for a device; CPUs with and without bf16 instructions are two kinds."""
+    """Return the table's name for a device; with and without bf16 instructions it is of two kinds."""
     if device == "cpu" and torch.ops.mkldnn._is_mkldnn_bf16_supported():
         return "cpu+bf16"
+    if device == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
+        return "cuda without bf16"  # before Ampere it is emulated, and slower than fp32
     return device
 
 

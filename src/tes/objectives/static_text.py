@@ -64,8 +64,8 @@ class StaticText(TextSupervised):
 
 
 def entropy(logits_NC: Tensor) -> Tensor:
-    """Return the entropy (N,) in nats of each row's softmax, float64."""
-    log_NC = logits_NC.double().log_softmax(dim=1)
+    """Return the entropy (N,) in nats of each row's softmax, float64 on the CPU."""
+    log_NC = logits_NC.cpu().double().log_softmax(dim=1)
     return -(log_NC.exp() * log_NC).sum(dim=1)
 
 
@@ -75,7 +75,8 @@ def matching_temperature(rows_CD: Tensor, share_C: Tensor, wanted: float) -> flo
     Equal rows of Z cannot be told apart at any temperature: where the entropy cannot be reached, the nearest end of
     `TEMPERATURES` is returned.
     """
-    cosine_CC = rows_CD.double() @ rows_CD.double().T
+    rows_CD = rows_CD.cpu().double()
+    cosine_CC = rows_CD @ rows_CD.T
     share_C = share_C.to(cosine_CC)
     low, high = map(math.log, TEMPERATURES)
     for _ in range(60):

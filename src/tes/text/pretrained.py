@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from tes.console import note, progress
-from tes.errors import TextError, one_line
+from tes.errors import TesError, TextError, one_line
 from tes.files import sha256_file, sha256_text, user_path
 from tes.hub import require_hub
 from tes.text.encoder import TextEncoder
@@ -31,13 +31,16 @@ if TYPE_CHECKING:
 BATCH_SIZE = 64
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
 FILES = ("*.json", "*.txt", "*.model", "model.safetensors", "model-*.safetensors")
+VOCABULARIES = ("tokenizer.json", "vocab.json", "vocab.txt", "*.model")
+"""A tokeniser's files, of which there must be one: transformers makes an empty tokeniser where there is none."""
 
 
 @dataclass(frozen=True)
 class Kept:
     """How a library keeps a model in a folder: who, the file that describes it, what to fetch, what it must have.
 
-    `wanted` and `ignored` are patterns of files on the Hub; of `weights` one must be there, where any are named.
+    `wanted` and `ignored` are patterns of files on the Hub; of `weights`, and of `vocabularies`, one must be there,
+    where any are named.
     """
 
     library: str
@@ -45,9 +48,20 @@ class Kept:
     wanted: tuple[str, ...]
     ignored: tuple[str, ...] = ("*/*",)  # repositories keep other formats of the same weights in folders below
     weights: tuple[str, ...] = ()
+    vocabularies: tuple[str, ...] = ()
+
+    def is_whole(self, folder: Path) -> bool:
+        """Whether a folder has all that a model needs."""
+        return (folder / self.description).is_file() and self.has_weights(folder) and self.has_vocabulary(folder)
+
+    def has_weights(self, folder: Path) -> bool:
+        return not self.weights or any((folder / name).is_file() for name in self.weights)
+
+    def has_vocabulary(self, folder: Path) -> bool:
+        return not self.vocabularies or any(any(folder.glob(name)) for name in self.vocabularies)
 
 
-TRANSFORMERS = Kept("transformers", "config.json", FILES, weights=WEIGHTS)
+TRANSFORMERS = Kept("transformers", "config.json", FILES, weights=WEIGHTS, vocabularies=VOCABULARIES)
 SENTENCE_TRANSFORMERS = Kept(
     "sentence-transformers",
     "modules.json",
@@ -102,7 +116,8 @@ class PretrainedEncoder(TextEncoder):
         with torch.random.fork_rng(devices=[]), torch.inference_mode(), quiet():
             network = self.load_network().eval()
             tokenizer, limit = self._load_tokenizer(network)
-            tokens = tokenizer(list(sentences), truncation=True, max_length=limit)
+            with explained(self.folder, "its tokeniser"):
+                tokens = tokenizer(list(sentences), truncation=True, max_length=limit)
             lengths = [len(ids) for ids in tokens["input_ids"]]
             if num_long := sum(length >= limit for length in lengths):
                 note(f"{num_long} of {len(lengths)} sentences reach the {limit} tokens that {self.spec} can read: cut.")
@@ -171,13 +186,11 @@ def load(network_class: Any, folder: Path, unused: tuple[str, ...] = (), **argum
 @contextlib.contextmanager
 def explained(folder: Path, what: str) -> Iterator[None]:
     """Turn what transformers raises while it reads a folder into one sentence."""
-    from safetensors import SafetensorError
-
     try:
         yield
-    except TextError:
+    except TesError:
         raise
-    except (OSError, ValueError, RuntimeError, KeyError, TypeError, AttributeError, ImportError, SafetensorError) as e:
+    except Exception as e:  # of any kind, tokenizers' own are plain `Exception`s
         lines = str(e).strip().splitlines() or [type(e).__name__]
         raise TextError(f"`{folder}` holds no text encoder that can be read: {what} fails with: {lines[0]}") from e
 
@@ -206,10 +219,15 @@ def model_folder(kind: str, identifier: str, kept: Kept = TRANSFORMERS) -> Path:
         raise TextError(
             f"`{folder}` has no {kept.description}, so it is no model that {kept.library} saved; check the path."
         )
-    if not _has_weights(folder, kept):
+    if not kept.has_weights(folder):
         if kept is TRANSFORMERS:
-            raise TextError(_without_safetensors(identifier))
+            raise TextError(_without_safetensors(kind, identifier))
         raise TextError(f"`{folder}` has none of {', '.join(kept.weights)}; put the model's weights there.")
+    if not kept.has_vocabulary(folder):
+        raise TextError(
+            f"`{folder}` has no tokeniser (none of {', '.join(kept.vocabularies)}); put the model's own beside its"
+            " weights, for example with AutoTokenizer.from_pretrained(NAME).save_pretrained(FOLDER)."
+        )
     return folder
 
 
@@ -236,7 +254,7 @@ def _hub_snapshot(kind: str, name: str, kept: Kept) -> Path:
 
     with contextlib.suppress(LocalEntryNotFoundError, HFValidationError):
         folder = snapshot(local_files_only=True)
-        if (folder / kept.description).is_file() and _has_weights(folder, kept):
+        if kept.is_whole(folder):
             return folder
     offline_choice = (
         f"use `--text minilm`, a model in a local folder (`--text {kind}:FOLDER`) "
@@ -253,20 +271,16 @@ def _hub_snapshot(kind: str, name: str, kept: Kept) -> Path:
         ) from problem
 
 
-def _has_weights(folder: Path, kept: Kept) -> bool:
-    return not kept.weights or any((folder / name).is_file() for name in kept.weights)
-
-
-def _without_safetensors(identifier: str) -> str:
-    convert = f"AutoModel.from_pretrained('{identifier}').save_pretrained('{_target(identifier)}')"
+def _without_safetensors(kind: str, identifier: str) -> str:
+    folder = identifier if user_path(identifier).is_dir() else identifier.rpartition("/")[2]
+    parts = ("AutoModel", "AutoTokenizer")
+    named = ", ".join(parts)
+    convert = "; ".join(f"{part}.from_pretrained('{identifier}').save_pretrained('{folder}')" for part in parts)
     return (
         f"`{identifier}` has no model.safetensors, and other formats can run code when they are opened; if you trust "
-        f'it, convert it once with: python -c "from transformers import AutoModel; {convert}"'
+        f'it, convert it once with: python -c "from transformers import {named}; {convert}", and take'
+        f" `{kind}:{folder}`."
     )
-
-
-def _target(identifier: str) -> str:
-    return identifier if user_path(identifier).is_dir() else identifier.rpartition("/")[2]
 
 
 @contextlib.contextmanager
