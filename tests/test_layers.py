@@ -21,6 +21,7 @@ ROOMS = [
     {"engine"},
     {"run_writer", "card", "settle", "search", "resume"},
     {"comparison", "benchmark_folder", "loaded", "reopen"},
+    {"prepare"},
     {"against", "page"},
     {"job"},
     {"verbs"},

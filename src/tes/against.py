@@ -6,44 +6,39 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
-import numpy as np
-
 from tes.config import Config
 from tes.engine.checkpoint import Checkpoint
-from tes.engine.features import FrozenFeatures
-from tes.engine.fit import Given, fit
+from tes.engine.fit import fit
 from tes.engine.learner import Learner
 from tes.engine.scoring import predict
 from tes.errors import counted
-from tes.loaded import Loaded
 from tes.metrics import METRICS, evaluate_split, image_losses
 from tes.objectives import objectives
 from tes.predictions import in_common
+from tes.prepare import Job
 from tes.settle import settle
 from tes.statistics import Answers, bootstrap_images, judged
 
 
 def against_ce(
-    asked: Config,
-    loaded: Loaded,
-    given: Given,
-    train: np.ndarray,
-    choosing: np.ndarray,
-    learner: Learner,
-    frozen: FrozenFeatures | None,
-    log: Callable[[dict[str, Any]], None],
-    checkpoint: Checkpoint | None = None,
+    job: Job, learner: Learner, log: Callable[[dict[str, Any]], None], checkpoint: Checkpoint
 ) -> dict[str, Any]:
-    """Train `ce` from `probe` on the same images and compare the two on val, image by image."""
+    """Train `ce` from `probe` on the same images and compare the two on val, image by image.
+
+    Args:
+        job: The run's.
+        learner: What came of it.
+        log: Takes the rows of the other training.
+        checkpoint: Where that one is kept.
+    """
     # Settled anew: `ce` from a probe has learning rates, and a weight decay, of its own.
+    asked, given, loaded = job.asked, job.given, job.loaded
     own = {key: _default(key) for key, value in asked.objective.defaults.items() if asked.value(key) == value}
     plain = asked.replace({"objective": {"name": "ce"}, "start": "probe"} | own)
-    plain = settle(plain, given.dataset, loaded.backbone, objectives.get("ce"), loaded.source_text, len(train)).config
-    other = fit(
-        plain, replace(given, prior=None), train, log=lambda row: log(row | {"arm": "ce"}), checkpoint=checkpoint
-    ).learner
-    ours, theirs = in_common([predict(which, given.dataset, choosing, frozen) for which in (learner, other)])
-    head, metric = learner.objective.default_head, given.dataset.metric
+    plain = settle(plain, job.dataset, loaded.backbone, objectives.get("ce"), loaded.source_text, len(job.train)).config
+    other = fit(plain, replace(given, prior=None), job.train, log=log, checkpoint=checkpoint).learner
+    ours, theirs = in_common([predict(which, job.dataset, job.choosing, job.frozen) for which in (learner, other)])
+    head, metric = learner.objective.default_head, job.dataset.metric
     pair = (Answers.of(ours, head), Answers.of(theirs, "vision"))
     interval = bootstrap_images([pair], metric)
     nll_N = image_losses(ours, head) - image_losses(theirs, "vision")

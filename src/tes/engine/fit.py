@@ -114,10 +114,12 @@ def fit(
     learner = _learner(config, given, objective, start, features_NF, target_NC)
     if config.train == "head":
         assert features_NF is not None and target_NC is not None, "check_needs() refuses a random start here"
-        figures, solution = _solve(learner, problem, start, features_NF, target_NC)
+        figures, solution = _solve_head(learner, problem, start, features_NF, target_NC)
         return Fitted(learner, start, solution.trust_C, figures)
     figures = {} if features_NF is None else objective.warm_start(features_NF, target_NC)
-    _step(learner, config, dataset, indices, log, evaluate, evaluate_every, keep_best, checkpoint or Checkpoint())
+    _train_network(
+        learner, config, dataset, indices, log, evaluate, evaluate_every, keep_best, checkpoint or Checkpoint()
+    )
     return Fitted(learner, start, start.trust_C, figures)
 
 
@@ -180,7 +182,7 @@ def _once(store: MutableMapping[str, Any], key: str, solve: Callable[[], Solutio
     return store[key]
 
 
-def _solve(
+def _solve_head(
     learner: Learner, problem: HeadProblem, start: Solution, features_NF: Tensor, target_NC: Tensor
 ) -> tuple[dict[str, float], Solution]:
     """Fit the objective's own parameters, then solve the head for the reference that they give."""
@@ -195,7 +197,7 @@ def _solve(
     return figures, solution
 
 
-def _step(
+def _train_network(
     learner: Learner,
     config: Config,
     dataset: Dataset,

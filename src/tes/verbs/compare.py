@@ -18,11 +18,12 @@ from tes.config import PRIOR_STARTS, Config, arm_flags, load_config
 from tes.engine.compute import Compute, resolve_device
 from tes.errors import ConfigError, DataError, RunError, TesError, listing
 from tes.files import remove_leftovers, sha256_text, user_path
-from tes.job import PROTOCOLS, Protocol, run_job
+from tes.job import run_job
 from tes.loaded import Loaded
 from tes.mistakes import often_wrong
 from tes.objectives import objectives
 from tes.objectives.base import Objective
+from tes.prepare import PROTOCOLS, Protocol
 from tes.resume import differences as differing
 from tes.resume import lines, threads_of
 from tes.run import Run, exclusive, refuse_out_among_images

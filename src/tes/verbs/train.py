@@ -10,9 +10,10 @@ from tes import console
 from tes.config import Config
 from tes.errors import ConfigError, Interrupted, RunError
 from tes.files import user_path
-from tes.job import PROTOCOLS, Protocol, prepare, run_job
+from tes.job import run_job
 from tes.loaded import Loaded
 from tes.objectives import objectives
+from tes.prepare import PROTOCOLS, Protocol, prepare
 from tes.resume import recorded_settings, refuse_other, threads_of
 from tes.run import Run, claim, is_unfinished, newest, refuse_out_among_images
 from tes.settle import check_needs
