@@ -151,7 +151,7 @@ class Benchmark:
 class Row:
     """A figure: of one arm, in one combination, at one number of shots; or why there is none.
 
-    `is_added` marks the arms that tell what a gain is owed to; `figure` and `against` are as in summary.json.
+    `is_added` marks the arms that tell where a gain comes from; `figure` and `against` are as in summary.json.
     """
 
     combination: Combination
@@ -357,7 +357,7 @@ def missing(benchmark: Benchmark) -> list[str]:
 def legend(found: Sequence[Row]) -> list[str]:
     """Return what the marks in the table mean."""
     starred = any(row.is_added for row in found)
-    return ["(*) added, to tell what a gain is owed to: the rest of it is the objective's.", ""] if starred else []
+    return ["(*) added, to tell where a gain comes from: the rest of it is the objective's.", ""] if starred else []
 
 
 def headings(found: Sequence[Row]) -> list[str]:

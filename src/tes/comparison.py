@@ -269,7 +269,7 @@ def render(summary: Mapping[str, Any]) -> str:
         )
     lines += _by_names(summary)
     if not all(entry["typed"] for entry in summary["arms"].values()):
-        lines.append("* added, to tell what the gain is owed to")
+        lines.append("* added, to tell where the gain comes from")
     return "\n".join([*lines, "", *summary["sentences"], *summary["notes"]])
 
 

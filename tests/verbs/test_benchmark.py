@@ -180,7 +180,7 @@ def test_what_a_gain_from_a_prior_is_owed_to_stands_in_the_table(photos, with_pr
     assert rows.keys() == {(shots, arm) for shots in "12" for arm in ("ce", "tes", *added)}
     assert {row["arm"] for row in rows.values() if row["is_added"] == "1"} == added
     text = (made.path / "benchmark.md").read_text()
-    assert "ce\\+probe\\+prior \\*" in text and "(*) added, to tell what a gain is owed to" in text
+    assert "ce\\+probe\\+prior \\*" in text and "(*) added, to tell where a gain comes from" in text
     shutil.rmtree(made.path / made.combinations[0].folder)
     assert [one.state for one in Benchmark.open(made.path).combinations] == ["waiting"]
 

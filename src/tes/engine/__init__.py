@@ -1,1 +1,1 @@
-"""Training: fixed features and the heads solved on them, or the whole network, stepped. Knows no objective by name."""
+"""Training: fixed features and the heads solved on them, or the whole network, stepped; no objective's mathematics."""

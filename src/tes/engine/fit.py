@@ -34,7 +34,7 @@ from tes.objectives.base import Objective, ObjectiveContext
 
 @dataclass(frozen=True)
 class Given:
-    """What a fit builds on: all of it is read, none of it changed, so that many fits can share it.
+    """What a fit builds on. But for `store`, which fits add to, it is only read, so that many can share it.
 
     Attributes:
         dataset: With its draw.

@@ -234,7 +234,7 @@ class HeadProblem:
             progress.advance(1)
             return loss
 
-        label = f"solving the head ({num_images} images, {num_classes} classes), at most"
+        label = f"solving the head ({num_images} images, {num_classes} classes; often it needs fewer)"
         with torch.enable_grad(), console.progress(MAX_ITERATIONS, label, "evaluations") as progress:
             optimizer.step(closure)
         alpha_C = trust()

@@ -22,7 +22,6 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from tes import console
 from tes.config import ObjectiveConfig, Range
 from tes.errors import ConfigError
 from tes.objectives.base import ModelOutput, Objective, ObjectiveContext, content_hash, soft_cross_entropy, widened
@@ -81,16 +80,18 @@ class CoTuning(Objective):
             self.store[key] = learn_relationship(source_NS, target_NC.cpu().double(), form)
         relationship_CS, figures = self.store[key]
         self.relationship_CS.copy_(relationship_CS)
+        return figures
+
+    def remarks(self, figures: Mapping[str, float]) -> list[str]:
         how = "mean source prediction of each class"
         if figures["num_held_out"]:
             how = (
                 f"logistic regression, C = {figures['inverse_penalty']:g} by {figures['num_held_out']} held-out images"
             )
-        console.note(
+        return [
             f"p(source class | class): {how}; source predictions at temperature {self.config.source_temperature:g}, a"
             " setting, since there are no source images to calibrate them on"
-        )
-        return figures
+        ]
 
     def losses(self, out: ModelOutput, target_BC: Tensor) -> dict[str, Tensor]:
         source_BS, weight_B = target_BC @ self.relationship_CS, self.example_weights(target_BC)

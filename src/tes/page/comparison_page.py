@@ -158,7 +158,7 @@ def comparison_page(found: Findings) -> str:
     sections = [
         section("curves", "Accuracy over shots", lambda: _curves(found)),
         section("figures", "All arms", lambda: _figures(found)),
-        section("credit", "What the gain is owed to", lambda: _credit(found)),
+        section("credit", "Where the gain comes from", lambda: _credit(found)),
         section("classes", "Classes that gain and lose", lambda: _classes(found)),
         section("confused", "Classes taken for one another", lambda: _confused(found)),
         section("calibration", "Calibration", lambda: _calibration(found)),

@@ -321,7 +321,7 @@ def _text(found: Findings) -> dict[str, Any] | str:
     settings = found.run.settings.get("objective", {})
     path = found.run.file("text_head.safetensors")
     if not path.is_file():
-        return "This run has no text head; the objectives `tes` and `text_ce` train one."
+        return "This run has no text head; objectives with text, such as `tes`, train one."
     z_CD = _text_rows(path, len(found.names))
     return _similarity(found, z_CD) | {
         "references": _references(found),

@@ -64,7 +64,7 @@ def benchmark(
         first_seed: From which one on.
         num_trials: Of the search in each comparison.
         protocol: `val`, or `paper`.
-        controls: Add the arms that tell what a gain is owed to, where an arm starts from more than a probe.
+        controls: Add the arms that tell where a gain comes from, where an arm starts from more than a probe.
         published: A CSV with published figures; see `read_published`.
 
     Raises:

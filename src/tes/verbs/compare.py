@@ -100,7 +100,7 @@ def compare(
         num_trials: Of the search, the same for every arm; 1: the defaults.
         split: `test`, or `val` for designing defaults: test is then never opened.
         protocol: `val`, or `paper`: chosen on test, and labelled so.
-        controls: Add the arms that tell what a gain is owed to; they cost as much as the others.
+        controls: Add the arms that tell where a gain comes from; they cost as much as the others.
         out: The comparison's folder; None: `runs/<data>-compare`.
         network: Your own pre-trained module.
         dry_run: Decide everything and stop: the comparison that is returned has a plan, and neither cells nor a

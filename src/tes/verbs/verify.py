@@ -1,8 +1,8 @@
 """Whether what a run records holds: its metrics, from its predictions; its predictions, from its model and the images.
 
 Each part is checked against the part it was computed from, so that a figure, a prediction or a weight that was changed
-by accident or by hand does not fit any more. Who changes all parts, and writes consistent ones, is found out with
-`--data` alone: then the recorded model is run on the images themselves.
+by accident or by hand does not fit any more. Parts that were all changed, and consistently, are found out only with
+`--data`: then the recorded model is run on the images themselves.
 """
 
 from __future__ import annotations
