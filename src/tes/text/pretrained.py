@@ -138,6 +138,11 @@ class PretrainedEncoder(TextEncoder):
     def _load_tokenizer(self, network: torch.nn.Module) -> tuple[Any, int]:
         from transformers import AutoTokenizer
 
+        if not TRANSFORMERS.has_vocabulary(self.folder):
+            raise TextError(
+                f"`{self.folder}` has no tokeniser (none of {', '.join(VOCABULARIES)}); put the model's own beside its"
+                " weights, for example with AutoTokenizer.from_pretrained(NAME).save_pretrained(FOLDER)."
+            )
         with explained(self.folder, "its tokeniser"):
             tokenizer = AutoTokenizer.from_pretrained(self.folder, local_files_only=True, trust_remote_code=False)
         if tokenizer.pad_token is None:
@@ -223,11 +228,6 @@ def model_folder(kind: str, identifier: str, kept: Kept = TRANSFORMERS) -> Path:
         if kept is TRANSFORMERS:
             raise TextError(_without_safetensors(kind, identifier))
         raise TextError(f"`{folder}` has none of {', '.join(kept.weights)}; put the model's weights there.")
-    if not kept.has_vocabulary(folder):
-        raise TextError(
-            f"`{folder}` has no tokeniser (none of {', '.join(kept.vocabularies)}); put the model's own beside its"
-            " weights, for example with AutoTokenizer.from_pretrained(NAME).save_pretrained(FOLDER)."
-        )
     return folder
 
 
