@@ -67,6 +67,10 @@ class Plan:
     objectives: Mapping[str, Any]
     skipped: Mapping[str, str]
 
+    def seeds_of(self, shots: str, arm: str) -> tuple[int, ...]:
+        """Return the seeds that an arm is run from: the first one, where it stands for all."""
+        return self.seeds[:1] if shots == "all" and arm in self.single else self.seeds
+
     def cells(self) -> list[tuple[str, int, str]]:
         """Return (shots, seed, arm) of every cell; arms that can share what they solve come one after another."""
         return [
@@ -74,7 +78,7 @@ class Plan:
             for shots in self.shots
             for seed in self.seeds
             for arm in (*self.arms, *self.added)
-            if shots != "all" or arm not in self.single or seed == self.seeds[0]
+            if seed in self.seeds_of(shots, arm)
         ]
 
 
@@ -88,6 +92,8 @@ class Comparison:
 
     def __init__(self, path: Path, plan: Plan) -> None:
         self.path, self.plan = path, plan
+        self._runs: dict[tuple[str, int, str], Run] = {}
+        self._answers: dict[tuple[str, int, str], Answers] = {}
 
     @staticmethod
     def open(path: str | Path) -> Comparison:
@@ -114,16 +120,14 @@ class Comparison:
 
     def run(self, shots: str, seed: int, arm: str) -> Run:
         """Return a cell; of an arm that is run once, that one run for every seed."""
-        if shots == "all" and arm in self.plan.single:
-            seed = self.plan.seeds[0]
-        key = (shots, seed, arm)
+        key = self._cell(shots, seed, arm)
         if key not in self._runs:
             self._runs[key] = Run.open(cell_folder(self.path, *key))
         return self._runs[key]
 
-    @cached_property
-    def _runs(self) -> dict[tuple[str, int, str], Run]:
-        return {}
+    def _cell(self, shots: str, seed: int, arm: str) -> tuple[str, int, str]:
+        seeds = self.plan.seeds_of(shots, arm)
+        return shots, seed if seed in seeds else seeds[0], arm
 
     @cached_property
     def classes(self) -> list[dict[str, Any]]:
@@ -146,15 +150,11 @@ class Comparison:
 
     def answers(self, shots: str, seed: int, arm: str) -> Answers:
         """Return which images the arm's default head got right."""
-        key = (shots, seed if not (shots == "all" and arm in self.plan.single) else self.plan.seeds[0], arm)
+        key = self._cell(shots, seed, arm)
         if key not in self._answers:
             run = self.run(*key)
             self._answers[key] = Answers.of(run.predictions(self.plan.split), run.summary["default_head"])
         return self._answers[key]
-
-    @cached_property
-    def _answers(self) -> dict[tuple[str, int, str], Answers]:
-        return {}
 
 
 def table_rows(comparison: Comparison) -> list[dict[str, Any]]:
@@ -442,8 +442,7 @@ def _draws_overlap(comparison: Comparison) -> bool:
 def _figures(comparison: Comparison, shots: str, arm: str) -> dict[str, Any]:
     """Return mean, lowest and highest over seeds of the default head's metrics."""
     plan = comparison.plan
-    seeds = plan.seeds[:1] if shots == "all" and arm in plan.single else plan.seeds
-    runs = [comparison.run(shots, seed, arm) for seed in seeds]
+    runs = [comparison.run(shots, seed, arm) for seed in plan.seeds_of(shots, arm)]
     heads = [run.metrics[plan.split][run.summary["default_head"]] for run in runs]
     result = {}
     for name in FIGURES:

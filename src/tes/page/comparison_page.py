@@ -135,8 +135,7 @@ class Findings:
     def _count(self, shots: str, arm: str) -> _Tally:
         num_classes = len(self.names)
         tally = _Tally(np.zeros(num_classes), np.zeros(num_classes))
-        is_single = shots == "all" and arm in self.plan.single
-        for seed in self.plan.seeds[:1] if is_single else self.plan.seeds:
+        for seed in self.plan.seeds_of(shots, arm):
             run = self.comparison.run(shots, seed, arm)
             said = run.predictions(self.plan.split)
             p_NC = said.probabilities(run.summary["default_head"])

@@ -113,14 +113,8 @@ def compare(
         settings = Settings(flags=settings)
     shots = [str(int(shot)) if shot.isdecimal() else shot for shot in shots]
     check_axes(arms, shots, num_seeds, num_trials, split, protocol)
-    named = [objectives.get(arm.partition("+")[0].partition("@")[0]) for arm in arms]
-    for line in settings.assignments:
-        if not any(_concerns(line, objective_class) for objective_class in named):
-            raise ConfigError(f"`--set {line}`: no arm's objective has this setting.")
+    _check_arms(settings, arms, shots[0], first_seed)
     first = settings.config(arms[0], shots[0], first_seed)
-    for arm in arms:
-        config = settings.config(arm, shots[0], first_seed)
-        check_needs(config, objectives.get(config.objective.name))
     source = user_path(first.data.source)
     folder = user_path(out) if out is not None else Path("runs") / f"{source.resolve().stem}-compare"
     refuse_out_among_images(folder, source)
@@ -140,39 +134,69 @@ def compare(
     if dry_run:
         return Comparison(folder, plan)
     _continue_or_start(folder, plan)
-    shared = Shared(folder / "shared")
     cells = plan.cells()
     missing = [cell for cell in cells if not _is_done(cell_folder(folder, *cell), split)]
     if missing and len(missing) < len(cells):
         console.note(f"{len(cells) - len(missing)} of {len(cells)} cells are done already")
     if missing:
         _warm_up(settings, loaded, plan, missing)
-    store: dict[str, Any] = {}
-    shared_by = None
+        _run_cells(settings, loaded, plan, missing, folder, how)
+    comparison = Comparison(folder, plan)
+    if missing or not (folder / "shared" / "thumbnails").is_dir():
+        _keep_thumbnails(comparison, loaded)
+    write_results(comparison)
+    return comparison
+
+
+def _check_arms(settings: Settings, arms: Sequence[str], shots: str, seed: int) -> None:
+    """Refuse settings that no arm has, and arms that cannot be trained so, before anything is loaded.
+
+    Raises:
+        ConfigError: One sentence.
+    """
+    named = [objectives.get(arm.partition("+")[0].partition("@")[0]) for arm in arms]
+    for line in settings.assignments:
+        if not any(_concerns(line, objective_class) for objective_class in named):
+            raise ConfigError(f"`--set {line}`: no arm's objective has this setting.")
+    for arm in arms:
+        config = settings.config(arm, shots, seed)
+        check_needs(config, objectives.get(config.objective.name))
+
+
+def _run_cells(
+    settings: Settings,
+    loaded: Loaded,
+    plan: Plan,
+    missing: Sequence[tuple[str, int, str]],
+    folder: Path,
+    how: Protocol,
+) -> None:
+    """Train the cells that are missing, each in a folder of its own; one that was interrupted goes on."""
+    shared, store, shared_by = Shared(folder / "shared"), {}, None
     label = f"{len(plan.arms) + len(plan.added)} arms"
     with exclusive(folder), console.quiet(), console.progress(len(missing), label, "cells") as progress:
-        for shot, seed, arm in missing:
-            if shared_by != (shot, seed):  # what arms share depends on the images, so no later cell can use it
-                store, shared_by = {}, (shot, seed)
-            cell = cell_folder(folder, shot, seed, arm)
+        for shots, seed, arm in missing:
+            if shared_by != (shots, seed):  # what arms share depends on the images, so no later cell can use it
+                store, shared_by = {}, (shots, seed)
+            cell = cell_folder(folder, shots, seed, arm)
             goes_on = any(cell.glob("state/*.safetensors"))
             if not goes_on:
                 shutil.rmtree(cell, ignore_errors=True)
                 cell.mkdir(parents=True)
-            config = settings.config(arm, shot, seed)
+            config = settings.config(arm, shots, seed)
             remove_leftovers(cell)
             with threads_of(cell) if goes_on else contextlib.nullcontext():
                 run_job(config, loaded, cell, protocol=how, store=store, shared=shared, against=False, goes_on=goes_on)
             progress.advance(1)
-    comparison = Comparison(folder, plan)
-    thumbnails = folder / "shared" / "thumbnails"
-    if missing or not thumbnails.is_dir():
-        # At the most shots: those mistakes are the ones that more labels do not cure.
-        runs = [comparison.run(plan.shots[-1], seed, arm) for seed in plan.seeds for arm in plan.arms]
-        wanted = often_wrong((run.predictions(split), run.summary["default_head"]) for run in runs)
-        write_thumbnails(thumbnails, loaded.dataset, wanted, with_test=split == "test")
-    write_results(comparison)
-    return comparison
+
+
+def _keep_thumbnails(comparison: Comparison, loaded: Loaded) -> None:
+    plan = comparison.plan
+    # At the most shots: those mistakes are the ones that more labels do not cure.
+    runs = [comparison.run(plan.shots[-1], seed, arm) for seed in plan.seeds for arm in plan.arms]
+    wanted = often_wrong((run.predictions(plan.split), run.summary["default_head"]) for run in runs)
+    folder = comparison.path / "shared" / "thumbnails"
+    write_thumbnails(folder, loaded.dataset, wanted, with_test=plan.split == "test")
 
 
 def _is_done(cell: Path, split: str) -> bool:
