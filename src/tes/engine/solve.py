@@ -25,10 +25,11 @@ import math
 from dataclasses import dataclass, replace
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from tes import console
 from tes.errors import TrainingError
+from tes.objectives.base import soft_cross_entropy
 
 SCALE = 20.0
 MAX_ITERATIONS = 1000
@@ -138,25 +139,25 @@ class HeadProblem:
         x_NF = standardize(features_NF)
         reference_NC = reference_NC.to(x_NF)
         target_NC = None if target_NC is None else target_NC.to(x_NF)
-        num_features, num_classes = x_NF.shape[1], reference_NC.shape[1]
+        (num_images, num_features), num_classes = x_NF.shape, reference_NC.shape[1]
         x_NK, basis_FK = _coordinates(x_NF) if self.corrects else (x_NF[:, :0], x_NF.new_zeros(num_features, 0))
-        evidence_NC, prior_CF = None, None
-        if self.prior is not None:
-            prior_CF = self.prior.rows_CF.to(x_NF)
-            evidence_NC = x_NF @ prior_CF.T
+        prior_CF = None if self.prior is None else self.prior.rows_CF.to(x_NF)
+        evidence_NC = None if prior_CF is None else x_NF @ prior_CF.T
         weight_N = self._weights(reference_NC if target_NC is None else target_NC)
-        weight_CK, bias_C, trust_C, price = self._minimise(x_NK, evidence_NC, reference_NC, weight_N, tolerance)
-        if target_NC is not None:
-            logits_NC = torch.addmm(bias_C, x_NK, weight_CK.T)
-            if evidence_NC is not None and trust_C is not None:
-                logits_NC += trust_C * evidence_NC
-            scale = best_scale(logits_NC, target_NC, price, weight_N)
-            weight_CK, bias_C = scale * weight_CK, scale * bias_C
-            trust_C = None if trust_C is None else scale * trust_C
-        weight_CF = weight_CK @ basis_FK.T
-        if prior_CF is not None and trust_C is not None:
-            weight_CF = weight_CF + trust_C[:, None] * prior_CF
-        head = standardize.fold(weight_CF, bias_C)
+        shrink = self.penalty / num_images
+        unknowns = _Unknowns(x_NK, num_classes, self.prior)
+        _minimise(unknowns, x_NK, evidence_NC, reference_NC, weight_N, shrink, tolerance)
+        with torch.no_grad():
+            scale = 1.0
+            if target_NC is not None:
+                price = shrink * unknowns.size().item()
+                scale = best_scale(unknowns(x_NK, evidence_NC), target_NC, price, weight_N)
+            weight_CF = scale * unknowns.weight_CK @ basis_FK.T
+            trust_C = None
+            if prior_CF is not None:
+                trust_C = scale * unknowns.trust()
+                weight_CF = weight_CF + trust_C[:, None] * prior_CF
+            head = standardize.fold(weight_CF, scale * unknowns.bias_C)
         if not (head.weight_CF.isfinite().all() and head.bias_C.isfinite().all()):
             raise TrainingError(
                 f"The head's problem for {num_classes} classes has no finite solution; choose a more usual"
@@ -179,72 +180,73 @@ class HeadProblem:
         weight_N = target_NC @ self.class_weight_C.to(target_NC)
         return weight_N / weight_N.mean()
 
-    def _minimise(
-        self,
-        x_NK: Tensor,
-        evidence_NC: Tensor | None,
-        reference_NC: Tensor,
-        weight_N: Tensor | None,
-        tolerance: float,
-    ) -> tuple[Tensor, Tensor, Tensor | None, float]:
-        """Return V in the images' coordinates, b, α, and what V and α cost.
 
-        α is solved for in units in which its penalty is that of an entry of V: a parameter with a scale of its own
-        costs L-BFGS iterations.
-        """
-        num_images, num_classes = reference_NC.shape
-        shrink = self.penalty / num_images
-        kappa = 0.0 if self.prior is None else self.prior.kappa * num_images / num_classes
-        weight_CK = x_NK.new_zeros(num_classes, x_NK.shape[1], requires_grad=True)
-        bias_C = x_NK.new_zeros(num_classes, requires_grad=True)
-        penalised, parameters = [weight_CK], [weight_CK, bias_C]
-        common = own_C = None
-        if evidence_NC is not None:
-            assert self.prior is not None
-            common = x_NK.new_zeros((), requires_grad=True)
-            penalised, parameters = [*penalised, common], [*parameters, common]
-            if self.prior.form == "per_class":
-                own_C = x_NK.new_zeros(num_classes, requires_grad=True)
-                penalised, parameters = [*penalised, own_C], [*parameters, own_C]
+class _Unknowns(nn.Module):
+    """What a problem is solved for: V in the images' coordinates, b and, with a prior, the trust α in it.
 
-        def trust() -> Tensor | None:
-            if common is None:
-                return None
-            alpha_C = (common / math.sqrt(kappa * num_classes)).expand(num_classes)
-            return alpha_C if own_C is None else alpha_C + own_C / math.sqrt(kappa)
+    α is kept in units in which its penalty is that of an entry of V: a parameter with a scale of its own costs L-BFGS
+    iterations.
+    """
 
-        optimizer = torch.optim.LBFGS(
-            parameters,
-            max_iter=MAX_ITERATIONS,
-            history_size=20,
-            tolerance_grad=tolerance,
-            tolerance_change=0,
-            line_search_fn="strong_wolfe",
-        )
+    def __init__(self, x_NK: Tensor, num_classes: int, prior: Prior | None) -> None:
+        super().__init__()
+        num_images, num_coordinates = x_NK.shape
+        self.weight_CK = nn.Parameter(x_NK.new_zeros(num_classes, num_coordinates))
+        self.bias_C = nn.Parameter(x_NK.new_zeros(num_classes))
+        self.common = self.own_C = None
+        if prior is not None:
+            self.kappa = prior.kappa * num_images / num_classes
+            self.common = nn.Parameter(x_NK.new_zeros(()))
+            if prior.form == "per_class":
+                self.own_C = nn.Parameter(x_NK.new_zeros(num_classes))
 
-        def closure() -> Tensor:
-            optimizer.zero_grad(set_to_none=True)
-            logits_NC = torch.addmm(bias_C, x_NK, weight_CK.T)
-            alpha_C = trust()
-            if alpha_C is not None and evidence_NC is not None:
-                logits_NC = logits_NC + alpha_C * evidence_NC
-            fit = _mean_cross_entropy(logits_NC, reference_NC, weight_N)
-            loss = fit + shrink * sum(parameter.square().sum() for parameter in penalised)
-            loss.backward()
-            progress.advance(1)
-            return loss
+    def forward(self, x_NK: Tensor, evidence_NC: Tensor | None) -> Tensor:
+        """Return the logits (N, C); `evidence_NC` is what the prior says, x̃ Pᵀ."""
+        logits_NC = torch.addmm(self.bias_C, x_NK, self.weight_CK.T)
+        return logits_NC if evidence_NC is None else logits_NC + self.trust() * evidence_NC
 
-        label = f"solving the head ({num_images} images, {num_classes} classes; often it needs fewer)"
-        with torch.enable_grad(), console.progress(MAX_ITERATIONS, label, "evaluations") as progress:
-            optimizer.step(closure)
-        alpha_C = trust()
-        price = shrink * sum(parameter.detach().square().sum().item() for parameter in penalised)
-        return weight_CK.detach(), bias_C.detach(), None if alpha_C is None else alpha_C.detach().clone(), price
+    def trust(self) -> Tensor:
+        """Return α (C,)."""
+        assert self.common is not None, "there is a prior"
+        num_classes = len(self.bias_C)
+        alpha_C = (self.common / math.sqrt(self.kappa * num_classes)).expand(num_classes)
+        return alpha_C if self.own_C is None else alpha_C + self.own_C / math.sqrt(self.kappa)
+
+    def size(self) -> Tensor:
+        """Return the sum of squares of what is penalised: everything but b."""
+        return sum(unknown.square().sum() for unknown in self.parameters() if unknown is not self.bias_C)
 
 
-def _mean_cross_entropy(logits_NC: Tensor, reference_NC: Tensor, weight_N: Tensor | None) -> Tensor:
-    loss_N = -(reference_NC * logits_NC.log_softmax(dim=1)).sum(dim=1)
-    return loss_N.mean() if weight_N is None else (weight_N * loss_N).mean()
+def _minimise(
+    unknowns: _Unknowns,
+    x_NK: Tensor,
+    evidence_NC: Tensor | None,
+    reference_NC: Tensor,
+    weight_N: Tensor | None,
+    shrink: float,
+    tolerance: float,
+) -> None:
+    optimizer = torch.optim.LBFGS(
+        unknowns.parameters(),
+        max_iter=MAX_ITERATIONS,
+        history_size=20,
+        tolerance_grad=tolerance,
+        tolerance_change=0,
+        line_search_fn="strong_wolfe",
+    )
+
+    def closure() -> Tensor:
+        optimizer.zero_grad(set_to_none=True)
+        fit = soft_cross_entropy(unknowns(x_NK, evidence_NC), reference_NC, weight_N)
+        loss = fit + shrink * unknowns.size()
+        loss.backward()
+        progress.advance(1)
+        return loss
+
+    num_images, num_classes = reference_NC.shape
+    label = f"solving the head ({num_images} images, {num_classes} classes; often it needs fewer)"
+    with torch.enable_grad(), console.progress(MAX_ITERATIONS, label, "evaluations") as progress:
+        optimizer.step(closure)
 
 
 def best_scale(logits_NC: Tensor, target_NC: Tensor, price: float, weight_N: Tensor | None = None) -> float:
@@ -260,7 +262,7 @@ def best_scale(logits_NC: Tensor, target_NC: Tensor, price: float, weight_N: Ten
 
     def loss(log_scale: float) -> float:
         scale = math.exp(log_scale)
-        return _mean_cross_entropy(scale * logits_NC, target_NC, weight_N).item() + scale**2 * price
+        return soft_cross_entropy(scale * logits_NC, target_NC, weight_N).item() + scale**2 * price
 
     return math.exp(minimize_scalar(loss, bounds=(-3, 3), method="bounded", options={"xatol": 1e-6}).x)
 
