@@ -203,7 +203,7 @@ def _train_trial(number: int, settings: dict[str, Any], job: Job, journal: _Jour
     def evaluate(learner: Learner) -> dict[str, Any]:
         return evaluate_split(predict(learner, job.dataset, job.choosing), coarse)
 
-    on_test = job.protocol.name == "paper"
+    on_test = job.protocol.selects_on_test
     looks_every = PAPER_EPOCHS * steps_per_epoch(len(job.train), job.config.optim.batch_size) if on_test else None
     fitted = fit(
         job.config,
@@ -236,7 +236,7 @@ def _select(trials: list[_Trial], protocol: Protocol) -> int:
         return 0
     predictions = in_common(predictions)
     heads = [trial.head for trial in trials]
-    if protocol.name == "paper":
+    if protocol.selects_on_test:
         metric = trials[0].job.dataset.metric
         scores = [evaluate_split(said)[head][metric] for said, head in zip(predictions, heads)]
         return int(np.argmax(scores))
@@ -279,7 +279,7 @@ def _summary(job: Job, fitted: Fitted, shipped: Fitted, metrics: dict[str, Any])
         "data": dataset.name,
         "num_classes": dataset.num_classes,
         "num_train": len(dataset.present(job.train)),
-        "num_val": 0 if job.protocol.name == "paper" else len(dataset.present(dataset.indices("val"))),
+        "num_val": 0 if job.protocol.selects_on_test else len(dataset.present(dataset.indices("val"))),
         "num_test": len(dataset.present(dataset.indices("test"))),
         "num_pool": int((dataset.splits != "test").sum()),
         "unreadable": [{"path": path, "reason": reason} for path, reason in dataset.unreadable],
@@ -304,4 +304,4 @@ def _has_rival(job: Job, against: bool | None) -> bool:
     """Whether `ce` is to be trained as well, and is something else than this run."""
     is_plain = job.config.objective.name == "ce" and job.config.start == "probe"
     wanted = job.config.train == "head" if against is None else against
-    return wanted and not is_plain and job.protocol.name != "paper" and bool(len(job.choosing) and len(job.train))
+    return wanted and not is_plain and not job.protocol.selects_on_test and bool(len(job.choosing) and len(job.train))

@@ -43,19 +43,24 @@ class Protocol:
     split: str = "test"
     num_trials: int = 1
 
+    @property
+    def selects_on_test(self) -> bool:
+        """Whether val is trained on, and what is chosen is chosen on test."""
+        return self.name == "paper"
+
     def training(self, dataset: Dataset) -> np.ndarray:
         """Return the images that are trained on."""
-        val = dataset.indices("val") if self.name == "paper" else []
+        val = dataset.indices("val") if self.selects_on_test else []
         return np.sort(np.concatenate([dataset.indices("train"), val]).astype(np.int64))
 
     def choosing(self, dataset: Dataset) -> np.ndarray:
         """Return the images that epochs and trials are judged by."""
-        return dataset.indices("test" if self.name == "paper" else "val")
+        return dataset.indices("test" if self.selects_on_test else "val")
 
     def scored(self, dataset: Dataset, config: DataConfig) -> dict[str, np.ndarray]:
         """Return the images that the finished model is scored on, by split; none of them empty."""
         val, test = dataset.indices("val"), dataset.indices("test")
-        if self.name == "paper":
+        if self.selects_on_test:
             parts = {"test": test}
         elif self.split == "val":
             pool = dataset.indices("unused") if config.shots is not None else np.empty(0, dtype=np.int64)

@@ -41,10 +41,10 @@ def space(config: Config, objective_class: type[Objective]) -> dict[str, Range |
     # What a preset fixes makes the arm what it is, a control for example: it is not searched.
     fixed = objective_class.Config.presets.get(config.objective.preset or "", {})
     ranges: dict[str, Range | Choices] = {
-        key: place for key, place in objective_class.Config.search.items() if key not in fixed
+        key: range_ for key, range_ in objective_class.Config.search.items() if key not in fixed
     }
     if config.train == "head":
-        ranges = {key: place for key, place in ranges.items() if key not in objective_class.Config.stepped} | HEAD
+        ranges = {key: range_ for key, range_ in ranges.items() if key not in objective_class.Config.stepped} | HEAD
         if config.start in PRIOR_STARTS:
             ranges |= PRIOR
         return ranges
@@ -91,11 +91,11 @@ def choose(losses_by_trial: Sequence[np.ndarray]) -> int:
     return best
 
 
-def _draw(key: str, number: int, place: Range | Choices) -> Any:
+def _draw(key: str, number: int, choices: Range | Choices) -> Any:
     digest = hashlib.sha256(f"{number}:{key}".encode()).digest()
     share = int.from_bytes(digest[:8], "big") / 2**64
-    if isinstance(place, Choices):
-        return place.values[int(share * len(place.values))]
-    if place.log:
-        return place.low * (place.high / place.low) ** share
-    return place.low + share * (place.high - place.low)
+    if isinstance(choices, Choices):
+        return choices.values[int(share * len(choices.values))]
+    if choices.log:
+        return choices.low * (choices.high / choices.low) ** share
+    return choices.low + share * (choices.high - choices.low)

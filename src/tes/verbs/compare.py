@@ -50,7 +50,7 @@ class Settings:
         Raises:
             ConfigError: The arm, the shots or another setting is wrong.
         """
-        objective_class = objectives.get(arm.partition("+")[0].partition("@")[0])
+        objective_class = _objective_class(arm)
         assignments = [line for line in self.assignments if _concerns(line, objective_class)]
         own = {**arm_flags(arm), **_subset(shots), "seed": seed, "refit": "none"}
         config = load_config(self.file, {**self.flags, **own}, assignments)
@@ -154,7 +154,7 @@ def _check_arms(settings: Settings, arms: Sequence[str], shots: str, seed: int) 
     Raises:
         ConfigError: One sentence.
     """
-    named = [objectives.get(arm.partition("+")[0].partition("@")[0]) for arm in arms]
+    named = [_objective_class(arm) for arm in arms]
     for line in settings.assignments:
         if not any(_concerns(line, objective_class) for objective_class in named):
             raise ConfigError(f"`--set {line}`: no arm's objective has this setting.")
@@ -213,6 +213,10 @@ def _is_done(cell: Path, split: str) -> bool:
     if not whole:
         console.warn(f"the cell `{cell}` is damaged and is done again")
     return whole
+
+
+def _objective_class(arm: str) -> type[Objective]:
+    return objectives.get(arm.partition("+")[0].partition("@")[0])
 
 
 def _concerns(assignment: str, objective_class: type[Objective]) -> bool:
