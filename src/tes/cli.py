@@ -739,7 +739,7 @@ def _comparison(settings: Any, config: Path | None, assignments: list[str] | Non
     words += [] if config is None else ["--config", config]
     for text in assignments or ():
         key = text.partition("=")[0].strip()
-        if key not in own and (is_ours or not key.startswith("objective.")):
+        if key not in (*own, "objective.name", "objective.preset") and (is_ours or not key.startswith("objective.")):
             words += ["--set", text]
     return shlex.join(map(str, words))
 

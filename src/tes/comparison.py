@@ -127,7 +127,7 @@ class Comparison:
 
     def _cell(self, shots: str, seed: int, arm: str) -> tuple[str, int, str]:
         seeds = self.plan.seeds_of(shots, arm)
-        return shots, seed if seed in seeds else seeds[0], arm
+        return shots, seeds[0] if seed in self.plan.seeds and seed not in seeds else seed, arm
 
     @cached_property
     def classes(self) -> list[dict[str, Any]]:

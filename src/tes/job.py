@@ -80,8 +80,6 @@ def run_job(
     assert fitted is not None
     if selected:
         run_writer.write_inputs(folder, job.config, loaded.backbone.images)
-    for line in fitted.learner.objective.remarks(fitted.figures):
-        console.note(line)
     metrics = _score(folder, job, fitted, said, journal)
     if shared is None:
         head = fitted.learner.objective.default_head

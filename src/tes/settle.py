@@ -55,6 +55,8 @@ def check_needs(config: Config, objective_class: type[Objective]) -> None:
     Raises:
         ConfigError: The objective, the start and what is trained do not go together.
     """
+    if "frozen_teacher" in objective_class.needs:
+        raise ConfigError(f"The objective `{config.objective.name}` needs a frozen teacher, and there is none yet.")
     if config.data.shots == 0:
         if config.train not in ("auto", "head"):
             raise ConfigError(
@@ -124,8 +126,10 @@ def settle(
     for key, (value, why) in config.objective.decide(made.config.train).items():
         made.decide(f"objective.{key}", value, why)
     _settle_start(made, backbone, objective_class, source_text)
+    if "class_text" in objective_class.needs and config.text.centre is None:
+        made.decide("text.centre", True, "class names crowd in a narrow cone")
     if "class_text" in objective_class.needs or made.config.start in PRIOR_STARTS:
-        _settle_text(made, dataset)
+        _settle_templates(made, dataset)
     _settle_refit(made)
     if made.config.train != "head":
         _settle_steps(made, dataset, backbone, len(dataset.indices("train")) if num_images is None else num_images)
@@ -186,10 +190,8 @@ def _settle_train(made: Decisions, device: str, backbone: Backbone) -> None:
         made.reasons.append(_last_layers(config.num_last, backbone))
 
 
-def _settle_text(made: Decisions, dataset: Dataset) -> None:
+def _settle_templates(made: Decisions, dataset: Dataset) -> None:
     config = made.asked.text
-    if config.centre is None:
-        made.decide("text.centre", True, "class names crowd in a narrow cone")
     filled, whose = with_templates(config, dataset.templates, dataset.ensemble)
     if whose is not None:
         own = any(info.prompts or info.descriptions for info in dataset.classes) and not config.mix

@@ -12,6 +12,7 @@ from tes.models.backbone import SourceHead
 from tes.objectives import objectives, text_objective
 from tes.objectives.base import ModelOutput, Objective, ObjectiveContext
 from tes.objectives.static_text import matching_temperature
+from tes.settle import check_needs
 
 B, C, F, D = 6, 5, 7, 4
 
@@ -421,7 +422,10 @@ def test_the_loss_of_a_mixed_target_is_the_mixture_of_the_losses(name):
 
 
 def test_an_objective_that_asks_for_what_nobody_brings_is_refused_where_it_is_defined():
-    with pytest.raises(TypeError, match="frozen_teacher is none of class_text"):
-        type("Teacher", (Objective,), {"needs": frozenset({"frozen_teacher"})})
-    with pytest.raises(TypeError, match="`audio` is none of vision, text"):
+    with pytest.raises(ConfigError, match="time is none of class_text"):
+        type("Patient", (Objective,), {"needs": frozenset({"time"})})
+    with pytest.raises(ConfigError, match="`audio` is none of vision, text"):
         type("Heard", (Objective,), {"default_head": "audio"})
+    taught = type("Taught", (Objective,), {"needs": frozenset({"frozen_teacher"})})
+    with pytest.raises(ConfigError, match="needs a frozen teacher"):
+        check_needs(load_config(flags={"data.source": "photos"}), taught)

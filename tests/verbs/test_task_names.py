@@ -181,6 +181,7 @@ def test_a_task_that_is_not_there_is_to_be_fetched_to_where_it_was_looked_for(cl
         ({"objective": "tes@paper", "data.only_classes": ["a b", "c"]}, ["objective.temperature=0.2"],
          "ce,tes@paper --seeds 10 --only-classes 'a b,c' --set objective.temperature=0.2"),
         ({"objective": "label_smoothing"}, ["objective.smoothing=0.2"], "ce,tes --seeds 10"),
+        ({}, ["objective.name=tes", "objective.preset=paper"], "ce,tes@paper --seeds 10"),
     ],
 )  # fmt: skip
 def test_the_comparison_that_is_proposed_has_the_training_s_settings(flags, given, proposed):

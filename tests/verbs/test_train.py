@@ -352,6 +352,19 @@ def test_a_training_whose_images_vanish_stops_with_a_sentence(settings, photos, 
         run_job(config, loaded, folder)
 
 
+def test_a_class_whose_only_drawn_image_vanishes_stops_the_training(settings, photos, tmp_path):
+    copy, folder = tmp_path / "copy", tmp_path / "run"
+    shutil.copytree(photos, copy)
+    folder.mkdir()
+    config = settings(objective="ce", data__source=str(copy), data__shots=1)
+    loaded = Loaded.open(config)
+    drawn = tes.data.draw(loaded.dataset, config.data, config.seed)
+    lost = int(drawn.indices("train")[0])
+    (copy / drawn.paths[lost]).unlink()
+    with pytest.raises(DataError, match=f"`{drawn.classes[drawn.labels[lost]].label}` can be read any more"):
+        run_job(config, loaded, folder)
+
+
 @pytest.fixture
 def uneven(photos, tmp_path):
     """Two classes that look much alike, one ten times as large, and one apart."""

@@ -202,7 +202,7 @@ def fetch_shards(name: str, config: str | None) -> list[Shard]:
     memory = cache_dir() / "hub" / f"{sha256_text(name, config)}.json"
     try:
         rows = json.loads(memory.read_text())
-        kept = [Shard(Path(file), str(of), str(split), bool(is_cut_off)) for file, of, split, is_cut_off in rows]
+        kept = [Shard(Path(file), str(of), str(split), any(is_cut_off)) for file, of, split, *is_cut_off in rows]
     except (OSError, ValueError, TypeError):
         kept = []
     if kept and all(shard.file.is_file() for shard in kept):
@@ -254,7 +254,8 @@ def _listed_shards(name: str, config: str | None, offline: str) -> tuple[str, li
                 raise
             continue
         used = [shard for shard in found if shard.split in SPLIT_WORDS] or found
-        if not any(shard.is_cut_off for shard in used):
+        is_whole = not any(shard.is_cut_off for shard in used)
+        if is_whole and (cut_off is None or {shard.split for shard in cut_off[1]} <= {shard.split for shard in used}):
             return revision, used
         cut_off = cut_off or (revision, used)
     if cut_off is None:

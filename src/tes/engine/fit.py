@@ -101,8 +101,8 @@ def fit(
     objective.class_weight_C = None if class_weight_C is None else class_weight_C.float()
     features_NF = target_NC = None
     if config.start != "random" or "pretrained_features" in objective.needs:
-        indices = features.readable(indices)
-        dataset.require_trainable(indices)
+        drawn, indices = indices, features.readable(indices)
+        dataset.require_trainable(drawn)
         features_NF = features(indices)
         target_NC = one_hot(torch.from_numpy(dataset.labels[indices]), dataset.num_classes)
     if config.start == "random":
@@ -115,12 +115,19 @@ def fit(
     if config.train == "head":
         assert features_NF is not None and target_NC is not None, "check_needs() refuses a random start here"
         figures, solution = _solve_head(learner, problem, start, features_NF, target_NC)
+        _note(objective, figures)
         return Fitted(learner, start, solution.trust_C, figures)
     figures = {} if features_NF is None else objective.warm_start(features_NF, target_NC)
+    _note(objective, figures)
     _train_network(
         learner, config, dataset, indices, log, evaluate, evaluate_every, keep_best, checkpoint or Checkpoint()
     )
     return Fitted(learner, start, start.trust_C, figures)
+
+
+def _note(objective: Objective, figures: dict[str, float]) -> None:
+    for line in objective.remarks(figures):
+        console.note(line)
 
 
 def _without_labels(problem: HeadProblem, given: Given) -> Fitted:
@@ -170,7 +177,8 @@ def _learner(
 
 def _start_key(config: Config, indices: np.ndarray) -> str:
     """Return what a solved start depends on, among runs that share a store."""
-    uses = (config.prior, config.text, config.seed) if config.start in PRIOR_STARTS else ()
+    text = config.text.model_copy(update={"centre": None})  # the prior's rows are not centred
+    uses = (config.prior, text, config.seed) if config.start in PRIOR_STARTS else ()
     optim = config.optim
     parts = (str(config.start), str(optim.head_penalty), repr(uses), repr(optim.class_weights))
     return f"start {sha256_text(indices.tobytes().hex(), *parts)}"

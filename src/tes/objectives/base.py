@@ -15,14 +15,17 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tes.config import ObjectiveConfig
+from tes.errors import ConfigError, listing
 from tes.models.backbone import SourceHead
 from tes.predictions import HEADS
 
 NEEDS = frozenset(
     {"class_text", "pretrained_features", "source_head", "trainable_backbone", "two_views", "whole_batch"}
+    | {"frozen_teacher"}
 )
 """What an objective may ask for: the classes' text, the training images' pre-trained features, the classifier of the
-pre-training, a backbone that is trained, every image drawn twice, batches that are not split."""
+pre-training, a backbone that is trained, every image drawn twice, batches that are not split; and a network that
+teaches, which nothing brings yet, so that settle.py refuses it."""
 
 
 @dataclass(frozen=True)
@@ -85,9 +88,11 @@ class Objective(nn.Module):
     def __init_subclass__(cls, **others: Any) -> None:
         super().__init_subclass__(**others)
         if unknown := cls.needs - NEEDS:
-            raise TypeError(f"{cls.__name__}.needs: {', '.join(sorted(unknown))} is none of {', '.join(sorted(NEEDS))}")
+            raise ConfigError(
+                f"`{cls.__name__}.needs`: {listing(sorted(unknown))} is none of {', '.join(sorted(NEEDS))}."
+            )
         if cls.default_head not in HEADS:
-            raise TypeError(f"{cls.__name__}.default_head: `{cls.default_head}` is none of {', '.join(HEADS)}")
+            raise ConfigError(f"`{cls.__name__}.default_head`: `{cls.default_head}` is none of {', '.join(HEADS)}.")
 
     def __init__(self, config: ObjectiveConfig) -> None:
         super().__init__()

@@ -138,13 +138,13 @@ class PretrainedEncoder(TextEncoder):
     def _load_tokenizer(self, network: torch.nn.Module) -> tuple[Any, int]:
         from transformers import AutoTokenizer
 
-        if not TRANSFORMERS.has_vocabulary(self.folder):
+        with explained(self.folder, "its tokeniser"):
+            tokenizer = AutoTokenizer.from_pretrained(self.folder, local_files_only=True, trust_remote_code=False)
+        if tokenizer.vocab_files_names and not TRANSFORMERS.has_vocabulary(self.folder):
             raise TextError(
                 f"`{self.folder}` has no tokeniser (none of {', '.join(VOCABULARIES)}); put the model's own beside its"
                 " weights, for example with AutoTokenizer.from_pretrained(NAME).save_pretrained(FOLDER)."
             )
-        with explained(self.folder, "its tokeniser"):
-            tokenizer = AutoTokenizer.from_pretrained(self.folder, local_files_only=True, trust_remote_code=False)
         if tokenizer.pad_token is None:
             raise TextError(f"The tokeniser in `{self.folder}` has no padding token; use a BERT- or CLIP-type encoder.")
         limits = [self.max_tokens, tokenizer.model_max_length]
@@ -252,15 +252,23 @@ def _hub_snapshot(kind: str, name: str, kept: Kept) -> Path:
             snapshot_download(name, allow_patterns=wanted, ignore_patterns=ignored, local_files_only=local_files_only)
         )
 
+    usable = None
     with contextlib.suppress(LocalEntryNotFoundError, HFValidationError):
         folder = snapshot(local_files_only=True)
         if kept.is_whole(folder):
             return folder
+        if (folder / kept.description).is_file() and kept.has_weights(folder):
+            usable = folder  # some tokenisers have no files
     offline_choice = (
         f"use `--text minilm`, a model in a local folder (`--text {kind}:FOLDER`) "
         "or embeddings made elsewhere (`--text file:PATH`)"
     )
-    require_hub(name, offline_choice, TextError)
+    try:
+        require_hub(name, offline_choice, TextError)
+    except TextError:
+        if usable is None:
+            raise
+        return usable
     try:
         return snapshot(local_files_only=False)
     except Exception as problem:
