@@ -80,7 +80,8 @@ def run_job(
     assert fitted is not None
     if selected:
         run_writer.write_inputs(folder, job.config, loaded.backbone.images)
-    metrics = _score(folder, job, fitted, said, journal)
+    predicted, metrics = _score(folder, job, fitted, journal)
+    said |= predicted
     if shared is None:
         head = fitted.learner.objective.default_head
         run_writer.write_thumbnails(folder / "thumbnails", job.dataset, worth_showing(said, head))
@@ -91,6 +92,8 @@ def run_job(
     kept |= run_writer.write_model(folder, shipped, job.class_text, shared if job.config.train == "head" else None)
 
     summary = _summary(job, fitted, shipped, metrics)
+    if lost := job.dataset.lost:
+        console.warn(f"{len(lost)} images were lost on the way and done without: `lost` in run.json lists them")
     if protocol.num_trials > 1:
         summary["trials"] = [trial.row() for trial in trials]
         summary["selected_trial"] = selected
@@ -112,7 +115,7 @@ class _Journal:
     """What a training leaves while it goes: the rows of metrics.jsonl, and its state."""
 
     folder: Path
-    often: CheckpointConfig
+    settings: CheckpointConfig
     keeps_states: bool
 
     def log(self, row: dict[str, Any]) -> None:
@@ -125,7 +128,7 @@ class _Journal:
     def checkpoint(self, training: str) -> Checkpoint:
         """Return where a training's state is kept: nowhere, if all of it takes no steps."""
         path = self.folder / "state" / f"{training}.safetensors" if self.keeps_states else None
-        return Checkpoint(path, self.often, partial(self._log_save, training))
+        return Checkpoint(path, self.settings, partial(self._log_save, training))
 
     def _log_save(self, training: str, step: int, seconds: float, num_bytes: int) -> None:
         row = {"saved": training, "step": step, "seconds": round(seconds, 4), "bytes": num_bytes}
@@ -242,14 +245,17 @@ def _select(trials: list[_Trial], protocol: Protocol) -> int:
     return choose(losses)
 
 
-def _score(folder: Path, job: Job, fitted: Fitted, said: dict[str, Predictions], journal: _Journal) -> dict[str, Any]:
-    """Predict the splits to be scored, into `said` and the folder; return the metrics by split and head."""
-    metrics: dict[str, Any] = {}
+def _score(
+    folder: Path, job: Job, fitted: Fitted, journal: _Journal
+) -> tuple[dict[str, Predictions], dict[str, dict[str, Any]]]:
+    """Predict the splits to be scored and write that down; return predictions and metrics by split."""
+    said: dict[str, Predictions] = {}
+    metrics: dict[str, dict[str, Any]] = {}
     for split, indices in job.protocol.scored(job.dataset, job.config.data).items():
         said[split] = predict(fitted.learner, job.dataset, indices, job.frozen)
         metrics[split] = run_writer.write_predictions(folder, split, said[split], job.dataset)
         journal.log({"split": split, "step": job.config.optim.num_steps or 0, "heads": metrics[split]})
-    return metrics
+    return said, metrics
 
 
 def _refit(job: Job, journal: _Journal) -> Fitted:
@@ -262,7 +268,7 @@ def _refit(job: Job, journal: _Journal) -> Fitted:
 
 
 def _summary(job: Job, fitted: Fitted, shipped: Fitted, metrics: dict[str, Any]) -> dict[str, Any]:
-    """Return what run.json says of every run; images that were lost are reported on the way."""
+    """Return what run.json says of every run."""
     config, dataset, class_text = job.config, job.dataset, job.class_text
     summary = {
         "format": FORMAT,
@@ -288,7 +294,6 @@ def _summary(job: Job, fitted: Fitted, shipped: Fitted, metrics: dict[str, Any])
     }
     if dataset.lost:
         summary["lost"] = [{"path": dataset.paths[index], "reason": why} for index, why in sorted(dataset.lost.items())]
-        console.warn(f"{len(dataset.lost)} images were lost on the way and done without: `lost` in run.json lists them")
     if fitted.trust_C is not None:
         summary["prior"] = {
             "form": config.prior.form,

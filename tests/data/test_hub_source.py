@@ -247,6 +247,11 @@ def test_of_a_split_that_the_hub_has_cut_off_the_owners_own_files_are_taken_or_i
     write_parquet(whole / "data" / "test-00000-of-00001.parquet", [0, 1], first=50)
     look.server.folders = {"refs/convert/parquet": cut_off, "main": whole}
     assert look("hf:owner/animals") == "11"
+    other = tmp_path / "other"
+    write_parquet(other / "data" / "test-00000-of-00001.parquet", [0, 1], first=50)
+    look.server.folders["main"] = other  # not the same data: it has no train split
+    said = look("hf:owner/animals", home="third", TES_CACHE=str(tmp_path / "third-cache"))
+    assert said.startswith("5 Of train the Hub has only")
     look.server.folders = {"refs/convert/parquet": cut_off}
     for is_served in (True, False):  # the second time from what was fetched
         said = look("hf:owner/animals", is_served=is_served, home="other", TES_CACHE=str(tmp_path / "other-cache"))
