@@ -118,37 +118,40 @@ def test_holm_on_numbers_worked_by_hand():
 
 
 def slow_resamples(cells, metric: str, num_resamples: int) -> list[float]:
-    """The bootstrap as its definition says, image by image, for cells that all scored the same images."""
+    """The bootstrap as its definition says, image by image, for cells that all scored the same images.
+
+    n - 1 of the n images of a class are drawn, and nothing else of it: the effect is the mean over those.
+    """
     draw = random.Random(1)
     paths_of: dict[int, list[str]] = {}
     for path, label in zip(cells[0][0].paths, cells[0][0].labels.tolist()):
         paths_of.setdefault(label, []).append(path)
+    weight_of = {label: len(paths) / len(cells[0][0].paths) for label, paths in paths_of.items()}
+    if metric == "mean_per_class":
+        weight_of = dict.fromkeys(paths_of, 1 / len(paths_of))
     tables = [[dict(zip(side.paths, side.is_correct.tolist())) for side in cell] for cell in cells]
     effects = []
     for _ in range(num_resamples):
-        drawn_of = {label: draw.choices(paths, k=len(paths)) for label, paths in paths_of.items()}
-        in_cells = []
-        for arm, ce in tables:
-            per_class = [[arm[path] - ce[path] for path in drawn] for drawn in drawn_of.values()]
-            if metric == "top1":
-                in_cells.append(np.mean(list(itertools.chain(*per_class))))
-            else:
-                in_cells.append(np.mean([np.mean(differences) for differences in per_class]))
+        drawn_of = {label: draw.choices(paths, k=len(paths) - 1) for label, paths in paths_of.items()}
+        in_cells = [
+            sum(weight_of[label] * np.mean([arm[path] - ce[path] for path in drawn_of[label]]) for label in paths_of)
+            for arm, ce in tables
+        ]
         effects.append(float(np.mean(in_cells)))
     return effects
 
 
 @pytest.mark.parametrize("metric", ["mean_per_class", "top1"])
-def test_the_bootstrap_is_the_slow_one_and_has_its_known_variance(metric):
+def test_the_bootstrap_is_the_slow_one_and_has_the_unbiased_variance(metric):
     rng = np.random.default_rng(0)
-    labels = [0] * 9 + [1] * 4 + [3] * 2
+    labels = [0] * 9 + [1] * 6 + [3] * 5
     cells = [random_cell(rng, labels) for _ in range(3)]
     effects_R = resample_images(cells, metric, 20_000)
     slow = slow_resamples(cells, metric, 4_000)
     d_N = np.mean([arm.is_correct * 1.0 - ce.is_correct for arm, ce in cells], axis=0)
     of_class = [d_N[np.array(labels) == label] for label in (0, 1, 3)]
-    weights = [9 / 15, 4 / 15, 2 / 15] if metric == "top1" else [1 / 3] * 3
-    variance = sum(weight**2 * values.var() / len(values) for weight, values in zip(weights, of_class))
+    weights = [9 / 20, 6 / 20, 5 / 20] if metric == "top1" else [1 / 3] * 3
+    variance = sum(weight**2 * values.var(ddof=1) / len(values) for weight, values in zip(weights, of_class))
     assert variance > 0
     assert effects_R.var() == pytest.approx(variance, rel=0.05)
     assert effects_R.mean() == pytest.approx(
@@ -161,6 +164,30 @@ def test_the_bootstrap_is_the_slow_one_and_has_its_known_variance(metric):
             np.percentile(slow, quantile), abs=0.15 * standard_error
         )
     assert bootstrap_images(cells, metric, 20_000) == tuple(np.percentile(effects_R, [2.5, 97.5]))
+
+
+@pytest.mark.parametrize("sizes", [[1] * 30, [2] * 15, [1] * 12 + [2] * 9])
+def test_classes_of_one_or_two_images_vary_as_all_images_do(sizes):
+    rng = np.random.default_rng(0)
+    labels = [label for label, size in enumerate(sizes) for _ in range(size)]
+    cell = random_cell(rng, labels)
+    d_N = cell[0].is_correct * 1.0 - cell[1].is_correct
+    weight_N = np.array([1 / len(sizes) / sizes[label] for label in labels])
+    effects_R = resample_images([cell] * 2, num_resamples=20_000)
+    assert effects_R.var() == pytest.approx((weight_N**2).sum() * d_N.var(), rel=0.05)
+    assert effects_R.mean() == pytest.approx(weight_N @ d_N, abs=4 * effects_R.std() / math.sqrt(20_000))
+
+
+@pytest.mark.parametrize("sizes", [[2] * 50, [1] * 40 + [2] * 10, [1] + [20] * 5])
+def test_two_equally_good_arms_are_seldom_called_different(sizes):
+    rng = np.random.default_rng(0)
+    labels = np.repeat(np.arange(len(sizes)), sizes).tolist()
+    called = 0
+    for _ in range(300):
+        arm, ce = (answers(rng.random(len(labels)) < 0.6, labels) for _ in range(2))
+        low, high = bootstrap_images([(arm, ce)], num_resamples=500)
+        called += low > 0 or high < 0
+    assert called / 300 < 0.05 + 3 * math.sqrt(0.05 * 0.95 / 300)
 
 
 def test_an_image_is_one_unit_however_many_cells_scored_it():
@@ -181,11 +208,12 @@ def test_the_order_of_the_images_does_not_matter():
 
 def test_cells_that_scored_different_images_share_what_they_have_in_common():
     # Every image of class 0 is won in every cell, whichever were scored: nothing there can vary.
-    first = answers([1, 1, 1, 0], [0, 0, 0, 1], ["a", "b", "c", "x"]), answers([0] * 4, [0, 0, 0, 1], [*"abcx"])
-    second = answers([1, 0], [0, 1], ["d", "y"]), answers([0, 0], [0, 1], ["d", "y"])
+    labels = [0, 0, 0, 1, 1, 1]
+    first = answers([1, 1, 1, 0, 0, 0], labels, [*"abcxyz"]), answers([0] * 6, labels, [*"abcxyz"])
+    second = answers([1, 1, 1, 0, 0, 0], labels, [*"defuvw"]), answers([0] * 6, labels, [*"defuvw"])
     assert resample_images([first, second]) == pytest.approx(0.5)
-    # Class 1 is won on x, in the first cell alone, where it is all of the class.
-    won = answers([1, 1, 1, 1], first[0].labels, first[0].paths), first[1]
+    # Class 1 is won on x, y and z, in the first cell alone, where they are all of the class.
+    won = answers([1] * 6, labels, first[0].paths), first[1]
     assert resample_images([won, second]) == pytest.approx(0.75)
 
 
@@ -209,8 +237,10 @@ def test_the_draws_are_seeded():
     assert (resample_images(cells, seed=1) != resample_images(cells, seed=2)).any()
 
 
-def test_without_two_images_of_a_class_there_is_no_interval():
-    assert bootstrap_images([(answers([1, 1], [0, 1]), answers([0, 0], [0, 1]))]) is None
+def test_of_fewer_than_twenty_images_there_is_no_interval():
+    labels = [0] * 10 + [1] * 9
+    assert bootstrap_images([(answers([1] * 19, labels), answers([0] * 19, labels))]) is None
+    assert bootstrap_images([(answers([1] * 20, [*labels, 1]), answers([0] * 20, [*labels, 1]))]) == (1, 1)
 
 
 def test_arms_that_were_scored_on_different_images_are_refused():
@@ -314,7 +344,7 @@ ONE_RUN = {"num_seeds": 0, "low": None, "high": None, "p": None, "p_holm": None}
             effect(**ONE_RUN, bootstrap_low=None, bootstrap_high=None),
             {},
             "no evidence that text supervision helped: +2.1 points (one run); "
-            "no class has two images, so that chance cannot be told",
+            "fewer than 20 images were scored, so that chance cannot be told",
         ),
         (
             effect(bootstrap_low=-0.001),

@@ -19,6 +19,8 @@ from tes.predictions import Predictions
 ALPHA = 0.05  # the intervals are 1 - ALPHA wide
 MIN_SEEDS = 5  # before "helped" or "hurt" is said: the t interval of 3 seeds is 3.5 times as wide as that of 10
 ADVISED_SEEDS = 10
+MIN_IMAGES = 20  # before an interval over images is given: a handful that happen to agree would have one of width 0
+MIN_OF_CLASS = 5  # images of a class before it tells by itself how they vary
 ROUNDING = 1e-12  # accuracies differ by whole images; a smaller difference is floating point's
 
 
@@ -188,9 +190,9 @@ def bootstrap_images(
     num_resamples: int = 2000,
     seed: int = 0,
 ) -> tuple[float, float] | None:
-    """Return the 95 % percentile interval of `resample_images`, or None where no class has two images to draw from."""
+    """Return the 95 % percentile interval of `resample_images`, or None where fewer than 20 images were scored."""
     effects_R = resample_images(cells, metric, num_resamples, seed)
-    if effects_R is None:
+    if len({path for _, ce in cells for path in ce.paths}) < MIN_IMAGES:
         return None
     low, high = np.percentile(effects_R, [100 * ALPHA / 2, 100 * (1 - ALPHA / 2)])
     return float(low), float(high)
@@ -201,13 +203,18 @@ def resample_images(
     metric: Literal["mean_per_class", "top1"] = "mean_per_class",
     num_resamples: int = 2000,
     seed: int = 0,
-) -> np.ndarray | None:
+) -> np.ndarray:
     """Draw test images within classes, with replacement, and return the mean effect over cells on each draw.
 
     An image is one unit however many cells scored it: where it is drawn twice, it counts twice in every cell. Where
     cells scored different images, a cell's class means are linearised about their values (exact where all scored the
-    same). As with every plain bootstrap, the variance within a class of n images comes out (n - 1) / n of its size.
-    Source: Efron and Tibshirani, "An Introduction to the Bootstrap", 1993, chapters 8 and 13.
+    same).
+
+    Of n images n - 1 are drawn, for n draws would have (n - 1) / n of the variance: half of it at 2 images a class. And
+    so few images do not know how they vary: a class of fewer than 5 draws its deviations from those of all images.
+    Without both, two equally good arms would differ "for sure" in one case of seven (LOG.md, 2026-11-26).
+    Sources: Efron and Tibshirani, "An Introduction to the Bootstrap", 1993, chapters 8 and 13; Rao and Wu, "Resampling
+    inference with complex survey data", JASA 1988, for n - 1 draws.
 
     Args:
         cells: (arm, ce) for each seed and number of shots.
@@ -216,44 +223,64 @@ def resample_images(
         seed: Of the draws.
 
     Returns:
-        (R,) arm - ce, or None where no class has two images, so that every draw is the same.
+        (R,) arm - ce.
 
     Raises:
         RunError: The arms of a cell did not score the same images, or an image has two classes.
     """
     assert cells, "no cells to resample"
+    differences = [_paired_by_path(arm, ce) for arm, ce in cells]
     index_of: dict[str, int] = {}
-    image_parts, label_parts, share_parts = [], [], []
-    effect = 0.0
-    for arm, ce in cells:
-        d_n = _paired_by_path(arm, ce)
-        num_C = np.bincount(ce.labels)
-        is_present_C = num_C > 0
-        weight_C = num_C / num_C.sum() if metric == "top1" else is_present_C / is_present_C.sum()
-        mean_C = np.bincount(ce.labels, weights=d_n) / np.maximum(num_C, 1)
-        effect += float(weight_C @ mean_C) / len(cells)
+    image_parts = [np.array([index_of.setdefault(path, len(index_of)) for path in ce.paths]) for _, ce in cells]
+    label_N = _one_label_each(list(index_of), image_parts, [ce.labels for _, ce in cells])
+    effect, share_N, deviation_N = 0.0, np.zeros(len(label_N)), np.zeros(len(label_N))
+    weight_C = np.zeros(label_N.max() + 1)
+    for (_, ce), images_n, d_n in zip(cells, image_parts, differences):
+        num_C = np.bincount(ce.labels, minlength=len(weight_C))
+        in_cell_C = num_C / num_C.sum() if metric == "top1" else (num_C > 0) / (num_C > 0).sum()
+        in_cell_C = in_cell_C / len(cells)
+        weight_C += in_cell_C
+        mean_C = np.bincount(ce.labels, d_n, len(weight_C)) / np.maximum(num_C, 1)
+        effect += float(in_cell_C @ mean_C)
         # A draw moves the class's mean by the mean over the drawn images of their distance to it.
-        per_image_C = weight_C / np.maximum(num_C, 1) / len(cells)
-        share_parts.append(per_image_C[ce.labels] * (d_n - mean_C[ce.labels]))
-        image_parts.append([index_of.setdefault(path, len(index_of)) for path in ce.paths])
-        label_parts.append(ce.labels)
-    images, labels = np.concatenate(image_parts), np.concatenate(label_parts)
-    share_N = np.bincount(images, weights=np.concatenate(share_parts))
-    label_N = np.zeros(len(index_of), dtype=np.int64)
-    label_N[images] = labels
-    if (label_N[images] != labels).any():
-        path = list(index_of)[int(images[(label_N[images] != labels).argmax()])]
-        raise RunError(f"`{path}` has different classes in different runs; compare runs on the same data.")
-    if np.bincount(label_N).max() < 2:
-        return None
+        share_N[images_n] += (in_cell_C / np.maximum(num_C, 1))[ce.labels] * (d_n - mean_C[ce.labels])
+        deviation_N[images_n] += d_n - d_n.mean()
+    deviation_N /= np.bincount(np.concatenate(image_parts))
+    deviation_N -= deviation_N.mean()
 
     rng = np.random.default_rng(seed)
     effects_R = np.full(num_resamples, effect)
-    for label in np.unique(label_N):
-        # Images of equal share are interchangeable, and there are few different ones: draw how often each comes.
-        shares, counts = np.unique(share_N[label_N == label], return_counts=True)
-        effects_R += rng.multinomial(counts.sum(), counts / counts.sum(), num_resamples) @ shares
+    for label, number in zip(*np.unique(label_N, return_counts=True)):
+        if number < MIN_OF_CLASS:
+            drawn_R = _sums(rng, deviation_N, number, num_resamples)
+            effects_R += weight_C[label] / number * drawn_R
+        else:
+            effects_R += number / (number - 1) * _sums(rng, share_N[label_N == label], number - 1, num_resamples)
     return effects_R
+
+
+def _sums(rng: np.random.Generator, values: np.ndarray, num_draws: int, num_resamples: int) -> np.ndarray:
+    """Return R sums of values drawn with replacement."""
+    # Equal values are interchangeable, and there are few different ones: draw how often each comes.
+    distinct, counts = np.unique(values, return_counts=True)
+    return rng.multinomial(num_draws, counts / counts.sum(), num_resamples) @ distinct
+
+
+def _one_label_each(
+    paths: Sequence[str], image_parts: Sequence[np.ndarray], label_parts: Sequence[np.ndarray]
+) -> np.ndarray:
+    """Return the label (N,) of every image.
+
+    Raises:
+        RunError: An image has two.
+    """
+    images, labels = np.concatenate(image_parts), np.concatenate(label_parts)
+    label_N = np.zeros(len(paths), dtype=np.int64)
+    label_N[images] = labels
+    if (label_N[images] != labels).any():
+        path = paths[int(images[(label_N[images] != labels).argmax()])]
+        raise RunError(f"`{path}` has different classes in different runs; compare runs on the same data.")
+    return label_N
 
 
 def _paired_by_path(arm: Answers, ce: Answers) -> np.ndarray:
@@ -304,7 +331,7 @@ def sentence(
         clauses.append(f"{seeds} {verb} too few to judge, run it with `--seeds {ADVISED_SEEDS}`")
     elif effect.verdict == "no evidence":
         if None in over_images:
-            clauses.append("no class has two images, so that chance cannot be told")
+            clauses.append(f"fewer than {MIN_IMAGES} images were scored, so that chance cannot be told")
         elif shown[0] * shown[1] > 0:  # the interval shown excludes 0: say what is missing
             if effect.seeds_agree:
                 clauses.append(f"over images the interval is {_range(over_images)}")
