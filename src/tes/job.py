@@ -72,8 +72,10 @@ def run_job(
     journal = _Journal(folder, job.config.checkpoint, keeps_states=job.config.train != "head")
     said: dict[str, Predictions] = {}
     if shared is None and job.config.start != "random" and len(job.train):
-        said["train"] = out_of_fold(job.config, job.given)
-        run_writer.write_out_of_fold(folder, said["train"])
+        doubtful = out_of_fold(job.config, job.given)
+        if doubtful is not None:
+            said["train"] = doubtful
+            run_writer.write_out_of_fold(folder, doubtful)
 
     trials, selected = _train(job, journal)
     job, fitted = trials[selected].job, trials[selected].fitted

@@ -13,6 +13,7 @@ import torch
 from tes import console, data, resume
 from tes.config import PRIOR_STARTS, Config, DataConfig
 from tes.data.dataset import Dataset
+from tes.data.splits import find_units
 from tes.engine.features import FrozenFeatures
 from tes.engine.fit import Given
 from tes.files import sha256_text
@@ -35,7 +36,7 @@ class Protocol:
         name: `val-selected`: whatever is chosen is chosen on val. `paper`: train and val are trained on, and the best
             of the epochs (and trials) on test is kept, as the authors' code does; its figures are test-selected.
         split: `test`, or `val` for designing defaults: test is never opened; at k shots the pool's unused images are
-            scored, and, where nothing was chosen with them, the val images too.
+            scored, but for copies of those that were used, and, where nothing was chosen with them, the val images.
         num_trials: Of the search; 1: the defaults.
     """
 
@@ -63,11 +64,20 @@ class Protocol:
         if self.selects_on_test:
             parts = {"test": test}
         elif self.split == "val":
-            pool = dataset.indices("unused") if config.shots is not None else np.empty(0, dtype=np.int64)
-            parts = {"val": np.sort(np.concatenate([pool, val if self.num_trials == 1 or not len(pool) else pool[:0]]))}
+            parts = {"val": val if config.shots is None else self._unseen(dataset)}
         else:
             parts = {"val": val, "test": test}
         return {name: indices for name, indices in parts.items() if len(indices)}
+
+    def _unseen(self, dataset: Dataset) -> np.ndarray:
+        """Return the images of a draw of k shots that nothing was learned from or chosen with, nor their copies."""
+        train, val, unused = map(dataset.indices, ("train", "val", "unused"))
+        if self.num_trials == 1:
+            seen, unseen = train, np.sort(np.concatenate([val, unused]))
+        else:
+            seen, unseen = np.concatenate([train, val]), unused
+        units = find_units(dataset.sha1s, dataset.groups)
+        return unseen[~np.isin(units[unseen], units[seen])]
 
 
 VAL_SELECTED = Protocol()

@@ -35,8 +35,8 @@ def test_a_wrong_label_is_doubted_by_models_that_have_not_seen_it():
     x, labels = features(30)
     planted = labels.clone()
     planted[0] = 2
-    logits = out_of_fold_logits(PROBE, x, planted, np.arange(len(x)), 3)
-    assert logits[0].argmax() == 0
+    logits, is_judged = out_of_fold_logits(PROBE, x, planted, np.arange(len(x)), 3)
+    assert is_judged.all() and logits[0].argmax() == 0
     assert (logits.argmax(dim=1) == labels).float().mean() > 0.9
 
 
@@ -45,14 +45,22 @@ def test_copies_of_an_image_share_a_fold_so_that_none_vouches_for_another():
     copies = [0, 1, 2, 3, 4]
     x[copies] = 30 * torch.ones(8)  # an image like no other, five times, with a label of its own making
     units = np.arange(len(x))
-    apart = out_of_fold_logits(PROBE, x, labels, units, 3)
+    apart, _ = out_of_fold_logits(PROBE, x, labels, units, 3)
     units[copies] = 0
-    together = out_of_fold_logits(PROBE, x, labels, units, 3)
+    together, is_judged = out_of_fold_logits(PROBE, x, labels, units, 3)
     assert (apart[copies].argmax(dim=1) == 0).all()
     own = together[copies].softmax(dim=1)[:, 0]
-    assert (own < apart[copies].softmax(dim=1)[:, 0]).all()
+    assert (own < apart[copies].softmax(dim=1)[:, 0]).all() and is_judged.all()
 
 
-def test_a_single_fold_says_nothing_rather_than_something_learnt_from_the_image():
+def test_images_that_are_their_class_alone_are_not_judged():
     x, labels = features(1)
-    assert torch.equal(out_of_fold_logits(PROBE, x, labels, np.arange(3), 3), torch.zeros(3, 3))
+    _, is_judged = out_of_fold_logits(PROBE, x, labels, np.arange(3), 3)
+    assert not is_judged.any()  # one fold: no image is left to learn from
+    x, labels = features()
+    labels[labels == 2] = 1
+    labels[7] = 2  # of class 2 there is one image, and of class 0 there is one unit
+    units = np.arange(len(x))
+    units[labels == 0] = 0
+    _, is_judged = out_of_fold_logits(PROBE, x, labels, units, 3)
+    assert torch.equal(is_judged, labels == 1)

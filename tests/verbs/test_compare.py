@@ -288,6 +288,42 @@ def test_nothing_left_to_score_is_said_before_any_work(begin, photos, tmp_path):
         begin(("ce",), shots=("1",), split="val", num_seeds=1, flags={"data.source": str(tmp_path / "few")})
 
 
+@pytest.fixture
+def walks(photos, tmp_path):
+    """A CSV of the photos whose images come in groups of three, as frames of one walk do."""
+    rows = [
+        f"{photos.name}/{folder.name}/{image.name},{folder.name},{folder.name} {int(image.stem) // 3}"
+        for folder in sorted(photos.iterdir())
+        for image in sorted(folder.iterdir())
+    ]
+    (tmp_path / photos.name).symlink_to(photos)
+    (tmp_path / "walks.csv").write_text("\n".join(["path,label,group", *rows]))
+    return tmp_path / "walks.csv"
+
+
+@pytest.mark.parametrize("num_trials", [1, 2])
+def test_copies_of_images_that_were_used_are_not_scored_with_split_val(begin, walks, num_trials):
+    flags = {"data.source": str(walks)}
+    comparison = begin(("ce",), shots=("1",), split="val", num_seeds=1, num_trials=num_trials, flags=flags)
+    run = comparison.run("1", 0, "ce")
+    rows = list(csv.DictReader(run.file("splits.csv").open()))
+    used = {"train"} if num_trials == 1 else {"train", "val"}
+    groups = {row["group"] for row in rows if row["split"] in used}
+    expected = {row["path"] for row in rows if row["split"] in ("val", "unused") and row["group"] not in groups}
+    assert set(run.predictions("val").paths) == expected and len(expected) >= 6
+
+
+def test_images_that_chose_a_trial_do_not_score_it_where_a_draw_takes_the_whole_pool(begin):
+    # 12 images, 3 of them for test: 5 shots and 4 to choose with leave nothing.
+    comparison = begin(("ce",), shots=("1", "5"), split="val", num_seeds=1, num_trials=2)
+    assert comparison.plan.shots == ("1",)
+    assert comparison.summary["notes"][-2:] == [
+        "Left out: 5 shots: no image is left to score (val)",
+        "Scored on images outside the test split, which was not opened.",
+    ]
+    assert begin(("ce",), shots=("5",), split="val", num_seeds=1, out="plain").plan.shots == ("5",)
+
+
 def test_results_among_the_images_are_refused(begin, photos):
     with pytest.raises(RunError, match="taken for a class"):
         begin(("ce",), out=photos / "comparison")

@@ -266,6 +266,14 @@ def test_photos_that_the_user_points_to_fill_in_for_pictures_but_only_the_very_s
     assert not Page(tes.report(run, data=str(moved / "labels.csv"))).all("img")
 
 
+def test_with_one_image_a_class_no_label_is_doubted(labels_csv, resnet, tmp_path):
+    flags = {"data.source": str(labels_csv), "data.shots": 1, "objective": "ce", "train": "head", **resnet}
+    run = tes.train(tes.load_config(flags={**flags, "out": str(tmp_path / "run")}))
+    assert not (run.path / "predictions" / "train.npz").exists()
+    page = Page(tes.report(run))
+    assert "No label could be doubted" in page.section("doubts") and not (run.path / "doubts.csv").exists()
+
+
 @pytest.mark.parametrize(
     ("name", "how", "section"),
     [

@@ -41,13 +41,21 @@ def predict(
     return Predictions([dataset.paths[index] for index in indices], dataset.labels[indices], logits)
 
 
-def out_of_fold(config: Config, given: Given) -> Predictions:
-    """Return what the start's problem says about training images that it was not fitted to (5 folds)."""
+def out_of_fold(config: Config, given: Given) -> Predictions | None:
+    """Return what the start's problem says about training images that it was not fitted to (5 folds).
+
+    Images that are their class's only ones are left out, and where all are, there is nothing.
+    """
     dataset = given.dataset
     indices = given.features.readable(dataset.indices("train"))
     labels_N = torch.from_numpy(dataset.labels[indices])
     units_N = find_units([dataset.sha1s[index] for index in indices], [dataset.groups[index] for index in indices])
     class_weight_C = class_weights(config.optim.class_weights, dataset.classes, labels_N.numpy())
     problem = head_problem(config, given.prior, class_weight_C)
-    logits_NC = out_of_fold_logits(problem, given.features(indices), labels_N, units_N, dataset.num_classes)
-    return Predictions([dataset.paths[index] for index in indices], labels_N.numpy(), {"vision": logits_NC.numpy()})
+    logits_NC, is_judged_N = out_of_fold_logits(
+        problem, given.features(indices), labels_N, units_N, dataset.num_classes
+    )
+    if not is_judged_N.any():
+        return None
+    paths = [dataset.paths[index] for index in indices[is_judged_N.numpy()]]
+    return Predictions(paths, labels_N[is_judged_N].numpy(), {"vision": logits_NC[is_judged_N].numpy()})

@@ -90,7 +90,16 @@ class Findings:
 
     @cached_property
     def doubts(self) -> list[Doubt]:
-        """Training images, the most doubted label first."""
+        """Training images, the most doubted label first.
+
+        Raises:
+            RunError: No image was judged by a model that had not seen it, or what it said is damaged.
+        """
+        if not (self.run.path / "predictions" / "train.npz").exists():
+            raise RunError(
+                "No label could be doubted: that takes a head solved without the image, so two images of a class and a"
+                " start that is not random, in a run of its own."
+            )
         return doubts(self.run.predictions("train"))
 
 
@@ -442,6 +451,7 @@ def _doubts(found: Findings, doubts_file: str) -> dict[str, Any] | str:
         "figures": figures,
         "num_suspected": len(suspected),
         "num_images": len(found_doubts),
+        "num_left": sum(image.split == "train" for image in found.run.images) - len(found_doubts),
         "file": doubts_file,
         "has_photos": found.photos is not None,
     }
