@@ -8,7 +8,7 @@ import xml.etree.ElementTree as ElementTree
 import numpy as np
 import pytest
 
-from tes.diagnosis import agreement, centred_cosine, debiased_cka, expected_agreement, geometry
+from tes.diagnosis import agreement, centred_cosine, debiased_cka, expected_agreement, geometry, sentence
 from tes.dot_plot import SHAPES, dot_plot
 
 
@@ -83,3 +83,29 @@ def test_the_plot_is_an_svg_with_a_title_a_description_and_a_mark_for_each_figur
     assert root.find(f"{name}desc").text == "In words."
     assert len(root.findall(f"{name}g")) == len(SHAPES) + 1
     assert "prefers-color-scheme:dark" in root.find(f"{name}style").text
+
+
+def told(name: str, cosine: float, cka: float, objective: str = "ce") -> dict:
+    return {
+        "run": name, "arm_objective": objective, "uses_text": objective == "tes", "start": "random",
+        "cosine_start": cosine, "agreement": 0.5, "text": {"cka": cka, "p": 0.01},
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("cosine", "cka", "verdict"),
+    [
+        (0.20, 0.40, "the claim shows:"),
+        (0.37, 0.40, "the claim shows in part: no further from W0"),
+        (0.20, 0.22, "the claim shows in part: further from W0 than `ce` (0.20; `ce` 0.40 to 0.44), no nearer the text"),
+        (0.37, 0.22, "the claim does not show"),
+    ],
+)
+def test_the_claim_shows_only_by_more_than_two_seeds_of_ce_differ(cosine, cka, verdict):
+    plain = [told("ce-0", 0.40, 0.18), told("ce-1", 0.44, 0.20)]
+    assert sentence(told("tes-0", cosine, cka, "tes"), plain, []).startswith(f"tes-0: {verdict}")
+
+
+def test_one_seed_of_ce_is_no_yardstick():
+    said = sentence(told("tes-0", 0.2, 0.4, "tes"), [told("ce-0", 0.40, 0.18)], [])
+    assert "a second seed of `ce` would tell" in said and "shows" not in said

@@ -132,27 +132,32 @@ def tempered(log_p_NC: np.ndarray, temperature: float) -> np.ndarray:
 
 
 def fit_temperature(log_p_NC: np.ndarray, labels: np.ndarray) -> tuple[float, str | None]:
-    """Return the T > 0 with the lowest NLL, or 1 and why there is none.
+    """Return the T > 0 with the lowest NLL, or 1 and why there is none."""
+    temperature = best_temperature(log_p_NC, labels)
+    if temperature == 1 / MAX_SHARPENING:
+        return 1.0, "it is right about every validation image, which tells nothing about doubt: T stays 1"
+    if temperature == MAX_SHARPENING:
+        return 1.0, "it is no better than chance on the validation images: T stays 1"
+    return temperature, None
+
+
+def best_temperature(log_p_NC: np.ndarray, labels: np.ndarray) -> float:
+    """Return the T with the lowest NLL between 1 / `MAX_SHARPENING` and `MAX_SHARPENING`.
 
     The NLL is convex in 1/T, so that its minimum is the root of its slope, mean(E_p[log p] - log p_y).
     """
+    from scipy.optimize import brentq
 
     def slope(sharpening: float) -> float:
         p_NC = np.exp(tempered(log_p_NC, 1 / sharpening))
         own = np.take_along_axis(log_p_NC, labels[:, None], axis=1)[:, 0]
         return float(((p_NC * log_p_NC).sum(axis=1) - own).mean())
 
-    return _root(slope)
-
-
-def _root(slope: Callable[[float], float]) -> tuple[float, str | None]:
-    from scipy.optimize import brentq
-
     if slope(MAX_SHARPENING) <= 0:
-        return 1.0, "it is right about every validation image, which tells nothing about doubt: T stays 1"
+        return 1 / MAX_SHARPENING
     if slope(1 / MAX_SHARPENING) >= 0:
-        return 1.0, "it is no better than chance on the validation images: T stays 1"
-    return 1 / float(brentq(slope, 1 / MAX_SHARPENING, MAX_SHARPENING, xtol=1e-10)), None
+        return MAX_SHARPENING
+    return 1 / float(brentq(slope, 1 / MAX_SHARPENING, MAX_SHARPENING, xtol=1e-10))
 
 
 def fit_text_weight(vision_n: np.ndarray, text_n: np.ndarray) -> float:

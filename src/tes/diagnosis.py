@@ -104,7 +104,8 @@ def sentence(report: Mapping[str, Any], others: Sequence[Mapping[str, Any]], pai
 
     Args:
         report: Of the run, see `tes.diagnose`.
-        others: Reports of the runs that it can be held against: `ce` from random heads, the same classes and backbone.
+        others: Reports of the runs that it can be held against: `ce` from random heads, the same classes and backbone,
+            their `text` measured by this run's rows. A single one says nothing about how far seeds lie apart.
         pairs: Figures between runs; those between two `ce` tell how near two seeds are.
     """
     name, near = report["run"], report["cosine_start"]
@@ -138,12 +139,17 @@ def sentence(report: Mapping[str, Any], others: Sequence[Mapping[str, Any]], pai
             f"{name}: {told}; whether that is away from W0, and towards the text, a run of `ce` beside it would tell."
         )
     nearest = [other["cosine_start"] for other in plain if other["cosine_start"] is not None]
-    away = bool(nearest) and near < min(nearest)
+    if len(nearest) < 2:
+        return (
+            f"{name}: {told}; whether that is away from W0, and towards the text, by more than seeds differ, a second"
+            " seed of `ce` would tell."
+        )
+    away = near < min(nearest) - _spread(nearest)
     said = [f"{'further from' if away else 'no further from'} W0 than `ce` ({_figure(near)}; {_span(nearest)})"]
     own, theirs = report["text"], [other["text"]["cka"] for other in plain if other["text"]]
     towards = None
     if own and theirs:
-        towards = own["cka"] > max(theirs) and own["p"] < 0.05
+        towards = own["cka"] > max(theirs) + _spread(theirs) and own["p"] < 0.05
         said.append(f"{'nearer' if towards else 'no nearer'} the text (CKA {_figure(own['cka'])}; {_span(theirs)})")
     verdict = {2: "the claim shows", 1: "the claim shows in part", 0: "the claim does not show"}[away + bool(towards)]
     if towards is None:
@@ -217,6 +223,11 @@ def _figure(value: float | None) -> str:
 
 def _share(value: float | None) -> str:
     return "-" if value is None else f"{value:.0%}"
+
+
+def _spread(values: Sequence[float]) -> float:
+    """Return how far seeds lie apart: nearer than this to one of them is no difference."""
+    return max(values) - min(values)
 
 
 def _span(values: Sequence[float]) -> str:

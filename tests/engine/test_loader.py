@@ -73,9 +73,12 @@ def test_balanced_epochs_show_every_class_as_often_and_its_images_in_turn():
     assert steps[:6] != [[(0, index) for _, index in step] for step in steps[6:]]
 
 
-def test_workers_and_a_start_in_the_middle_change_nothing(dataset):
-    plain = batches(dataset)
-    for other in (batches(dataset, num_workers=2), [*plain[:2], *batches(dataset, first_step=2)]):
+@pytest.mark.parametrize("size", [32, 16])
+def test_workers_and_a_start_in_the_middle_change_nothing(dataset, size):
+    images = dataclasses.replace(IMAGES, size=size)  # the photos are 40 px high: at 16, they are reduced beforehand
+    plain = batches(dataset, images=images)
+    workers, middle = ({"num_workers": 2}, {"first_step": 2})
+    for other in (batches(dataset, images=images, **workers), [*plain[:2], *batches(dataset, images=images, **middle)]):
         for one, two in zip(plain, other, strict=True):
             assert torch.equal(one.images_B3HW, two.images_B3HW) and torch.equal(one.indices_B, two.indices_B)
 

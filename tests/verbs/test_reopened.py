@@ -21,6 +21,8 @@ from tes.errors import ModelError, RunError
 from tes.predictions import Predictions
 from tes.reopen import reopen
 from tes.run import Run
+from tes.search import choose
+from tes.verbs.average import calibrated_losses
 
 
 @pytest.fixture(scope="module")
@@ -280,6 +282,16 @@ def _prepared(it, index):
     pixels = eval_transform(it.learner.backbone.images)(it.dataset.read_image(int(index))).float()
     images = it.learner.backbone.images
     return (pixels / 255 - torch.tensor(images.mean).view(3, 1, 1)) / torch.tensor(images.std).view(3, 1, 1)
+
+
+def test_a_model_that_is_always_right_is_not_given_up_for_one_that_is_surer():
+    labels = np.zeros(12, dtype=np.int64)
+    paths = [f"{i}.png" for i in range(12)]
+    right = np.tile(np.log(np.float32([0.8, 0.2])), (12, 1))
+    surer = np.tile(np.log(np.float32([0.995, 0.005])), (12, 1))
+    surer[0] = surer[0, ::-1]
+    losses = [calibrated_losses(Predictions(paths, labels, {"vision": logits})) for logits in (right, surer)]
+    assert losses[0].mean() < 1e-6 < losses[1].mean() and choose(losses) == 0
 
 
 def test_what_cannot_be_averaged_is_refused_and_leaves_nothing(trained, copied, again, tmp_path):

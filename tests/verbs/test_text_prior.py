@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 import tes
 from tes.config import load_config
 from tes.errors import ConfigError
+from tes.verbs.text import standard_error
 
 
 @pytest.fixture
@@ -117,6 +118,7 @@ def test_the_text_verb_scores_the_names_on_images_outside_test(cli, photos, with
     zero_shot = json.loads(out)["zero_shot"]
     dataset = tes.data.load(load_config(flags={"data.source": str(photos), "objective": "ce"}).data)
     assert set(asked) == set(np.flatnonzero(dataset.splits != "test")) and zero_shot["num_images"] == len(set(asked))
+    assert 0 < zero_shot["standard_error"] < 0.5
     assert zero_shot["chance"] == pytest.approx(1 / 3) and 0 <= zero_shot["mean_per_class"] <= 1
     code, out, _ = cli("text", photos, "--json", "--names-only", *sets)
     assert code == 0 and "zero_shot" not in json.loads(out)
@@ -135,6 +137,18 @@ def test_the_text_verb_scores_the_names_on_images_outside_test(cli, photos, with
 def test_what_to_expect_of_the_names_depends_on_how_sure_their_accuracy_is(accuracy, chance, number, words):
     from tes.verbs.text import _sentences
 
-    result = {"mean_per_class": accuracy, "chance": chance, "num_images": number, "trust": 1.0}
-    result |= {"known_names": None, "other_names": None, "trust_of_permuted_names": 0.0}
+    num_C = np.full(round(1 / chance), number * chance)
+    error = standard_error(accuracy * num_C, num_C)
+    result = {"mean_per_class": accuracy, "chance": chance, "num_images": number, "standard_error": error}
+    result |= {"trust": 1.0, "known_names": None, "other_names": None, "trust_of_permuted_names": 0.0}
     assert words in _sentences(result)[-1]
+
+
+def test_the_error_of_a_mean_per_class_comes_from_its_smallest_classes():
+    right_C, num_C = np.array([1154, 7, 0, 5]), np.array([1990, 10, 0, 6])
+    shares = [1155 / 1992, 8 / 12, 6 / 8]
+    variances = [share * (1 - share) / number for share, number in zip(shares, (1990, 10, 6))]
+    assert standard_error(right_C, num_C) == pytest.approx((sum(variances) / 9) ** 0.5)
+    draw = np.random.default_rng(0)
+    means = np.mean([draw.binomial(n, 0.6, 4000) / n for n in (200, 20)], axis=0)
+    assert standard_error(np.array([120, 12]), np.array([200, 20])) == pytest.approx(means.std(), rel=0.05)

@@ -97,7 +97,7 @@ def train_transform(images: ImageSettings, augment: AugmentConfig) -> Callable[[
 
 def eval_batches(dataset: Dataset, indices: np.ndarray, images: ImageSettings, compute: Compute) -> Iterator[Batch]:
     """Yield every image of `indices` exactly once, in order, as at test time; an image that is lost is left out."""
-    reader = _Reader(dataset, eval_transform(images), seed=None, cache_side=None)
+    reader = _Reader(dataset, eval_transform(images), seed=None)
     num_parts = math.ceil(len(indices) / compute.eval_batch_size) or 1
     batches = [[(0, int(index)) for index in part] for part in np.array_split(indices, num_parts)]
     yield from _load(reader, batches, compute)
@@ -121,9 +121,14 @@ def train_batches(
 
     In the place of an image that is lost comes another of its class, which one a function of (seed, epoch, index).
     """
-    cache_side = 2 * images.size if compute.num_workers == 0 else None
     reader = _Reader(
-        dataset, train_transform(images, augment), seed, cache_side, num_views=2 if two_views else 1, pool=indices
+        dataset,
+        train_transform(images, augment),
+        seed,
+        max_side=2 * images.size,
+        keeps=compute.num_workers == 0,
+        num_views=2 if two_views else 1,
+        pool=indices,
     )
     steps = order(indices, batch_size, num_steps, seed, dataset.labels if balanced else None)
     yield from _load(reader, itertools.islice(steps, first_step, None), compute)
@@ -175,12 +180,13 @@ class _Reader(torch.utils.data.Dataset):
         dataset: Dataset,
         transform: Callable,
         seed: int | None,
-        cache_side: int | None,
+        max_side: int | None = None,
+        keeps: bool = False,
         num_views: int = 1,
         pool: np.ndarray | None = None,
     ) -> None:
         self.dataset, self.transform, self.seed, self.num_views = dataset, transform, seed, num_views
-        self.cache_side, self.cache, self.room = cache_side, {}, CACHE_BYTES
+        self.max_side, self.kept, self.room = max_side, {}, CACHE_BYTES if keeps else 0
         self.pool = np.empty(0, dtype=np.int64) if pool is None else pool
 
     def __getitem__(self, position: tuple[int, int]) -> _Read:
@@ -212,19 +218,18 @@ class _Reader(torch.utils.data.Dataset):
             return self.transform(image)
 
     def _image(self, index: int) -> Image.Image:
-        if self.cache_side is None:
-            return self.dataset.read_image(index)
-        image = self.cache.get(index)
+        """Return an image, of training reduced to what crops can use: the same one, whether images are kept or not."""
+        image = self.kept.get(index)
         if image is None:
             image = self.dataset.read_image(index)
-            # Decoding costs more than a small network's training step: keep what fits, reduced to what crops can use.
-            if min(image.size) > self.cache_side:
-                factor = self.cache_side / min(image.size)
-                image = image.resize([max(1, round(side * factor)) for side in image.size], Image.Resampling.BICUBIC)
-            size = 3 * image.width * image.height
-            if size <= self.room:
-                self.cache[index] = image
-                self.room -= size
+            if self.max_side is not None and min(image.size) > self.max_side:
+                factor = self.max_side / min(image.size)
+                size = tuple(max(1, round(side * factor)) for side in image.size)
+                image = image.resize(size, Image.Resampling.BICUBIC, reducing_gap=3.0)
+            # Decoding costs more than a small network's training step: keep what fits.
+            if (num_bytes := 3 * image.width * image.height) <= self.room:
+                self.kept[index] = image
+                self.room -= num_bytes
         return image
 
 

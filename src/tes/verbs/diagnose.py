@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from tes import console, text
 from tes.config import TextConfig
-from tes.diagnosis import agreement, centred_cosine, expected_agreement, geometry, marks, sentence
+from tes.diagnosis import agreement, centred_cosine, debiased_cka, expected_agreement, geometry, marks, sentence
 from tes.dot_plot import dot_plot
 from tes.engine.solve import LinearHead
 from tes.errors import RunError, TesError
@@ -97,7 +97,8 @@ def diagnose(
         else:
             notes.append(f"{one.report['run']} and {other.report['run']} have other classes and are not compared.")
     for one in measured:
-        one.report["sentence"] = sentence(one.report, [o.report for o in measured if _is_yardstick(o, one)], pairs)
+        yardsticks = [_by_rows_of(one, other) for other in measured if _is_yardstick(other, one)]
+        one.report["sentence"] = sentence(one.report, yardsticks, pairs)
     result = {
         "format": FORMAT,
         "runs": [one.report for one in measured],
@@ -255,6 +256,14 @@ def _is_yardstick(other: _Measured, one: _Measured) -> bool:
     report = other.report
     is_plain = report["arm_objective"] == "ce" and report["start"] == "random"
     return is_plain and other.labels == one.labels and other.fingerprint == one.fingerprint
+
+
+def _by_rows_of(one: _Measured, other: _Measured) -> dict[str, Any]:
+    """Return the other's report with how textual it is by this run's rows: runs may differ in encoder or rows."""
+    if one.text_CD is None:
+        return other.report
+    cka = debiased_cka(other.weight_CF, one.text_CD)
+    return other.report | {"text": None if cka is None else {"cka": cka}}
 
 
 def _predicted(head: LinearHead, features_NF: Tensor) -> np.ndarray:

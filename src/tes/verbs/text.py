@@ -66,12 +66,15 @@ def _zero_shot(config: Config, loaded: Loaded) -> dict[str, Any]:
     is_right = head.logits(features(drawn)).argmax(dim=1).numpy() == labels
     nearest = loaded.nearest()  # None: a CLIP, which has no source classes
     num_classes, chance = dataset.num_classes, 1 / dataset.num_classes
-    accuracy_C = np.array([is_right[labels == c].mean() if (labels == c).any() else np.nan for c in range(num_classes)])
+    num_C = np.bincount(labels, minlength=num_classes)
+    right_C = np.bincount(labels, is_right, num_classes)
+    accuracy_C = np.where(num_C > 0, right_C / np.maximum(num_C, 1), np.nan)
     accuracy = float(np.nanmean(accuracy_C))
     trust, permuted = _learned_trust(settled.config, loaded, features, prior, drawn)
     result: dict[str, Any] = {
         "num_images": len(drawn),
         "mean_per_class": accuracy,
+        "standard_error": standard_error(right_C, num_C),
         "chance": chance,
         **_known_apart(accuracy_C, nearest),
         "trust": trust,
@@ -82,6 +85,20 @@ def _zero_shot(config: Config, loaded: Loaded) -> dict[str, Any]:
         ],
     }
     return result | {"sentences": _sentences(result)}
+
+
+def standard_error(right_C: np.ndarray, num_C: np.ndarray) -> float:
+    """Return that of the mean per class: a class of few images adds as much to it as its few images allow.
+
+    Each class is given one more success and one more failure (after Agresti and Coull 1998): two images say little.
+
+    Args:
+        right_C: How many images of each class were classified rightly.
+        num_C: How many there were; classes without any do not count.
+    """
+    right, number = right_C[num_C > 0], num_C[num_C > 0]
+    share = (right + 1) / (number + 2)
+    return float(np.sqrt((share * (1 - share) / number).sum()) / len(number))
 
 
 def _known_apart(accuracy_C: np.ndarray, nearest: list[NearestSource] | None) -> dict[str, Any]:
@@ -139,13 +156,8 @@ def _sentences(zero_shot: dict[str, Any]) -> list[str]:
 
 
 def _lift(zero_shot: dict[str, Any]) -> tuple[float, float]:
-    """Return (accuracy - chance) / (1 - chance), two standard errors below and above.
-
-    The error is taken with one success and one failure added (after Agresti and Coull 1998): two images say little.
-    """
-    accuracy, chance, number = zero_shot["mean_per_class"], zero_shot["chance"], zero_shot["num_images"]
-    share = (accuracy * number + 1) / (number + 2)
-    error = (share * (1 - share) / number) ** 0.5
+    """Return (accuracy - chance) / (1 - chance), two standard errors below and above."""
+    accuracy, chance, error = (zero_shot[key] for key in ("mean_per_class", "chance", "standard_error"))
     return tuple((accuracy + side * error - chance) / (1 - chance) for side in (-2, 2))
 
 
