@@ -97,7 +97,7 @@ def told(name: str, cosine: float, cka: float, objective: str = "ce") -> dict:
     [
         (0.20, 0.40, "the claim shows:"),
         (0.37, 0.40, "the claim shows in part: no further from W0"),
-        (0.20, 0.22, "the claim shows in part: further from W0 than `ce` (0.20; `ce` 0.40 to 0.44), no nearer the text"),
+        (0.20, 0.22, "the claim shows in part: further from W0 than `ce` (0.20; `ce` 0.40 to 0.44), no nearer"),
         (0.37, 0.22, "the claim does not show"),
     ],
 )

@@ -360,7 +360,7 @@ ONE_RUN = {"num_seeds": 0, "low": None, "high": None, "p": None, "p_holm": None}
         ),
         (
             effect(**NONE | {"mean": -0.0003}),
-            {"draws_overlap": True},
+            {"scope": "seeds draw most of a small pool: the interval is about this pool"},
             "no evidence that text supervision helped: 0.0 points (95 % CI -0.4 to 0.8, 10 seeds); "
             "seeds draw most of a small pool: the interval is about this pool",
         ),
@@ -368,3 +368,46 @@ ONE_RUN = {"num_seeds": 0, "low": None, "high": None, "p": None, "p_holm": None}
 )
 def test_sentences(made, options, expected):
     assert sentence(TEXT, made, **options) == expected
+
+
+RANDOM = "`tes@random-text`"
+
+
+@pytest.mark.parametrize(
+    ("figures", "clause"),
+    [
+        (
+            {"mean": 0.008, "low": 0.003, "high": 0.013},
+            "the names' meaning counts: `tes@random-text` does less (+0.8, 95 % CI 0.3 to 1.3)",
+        ),
+        (
+            {"mean": 0.005, "low": -0.01, "high": 0.02},
+            "the names' meaning is not shown to count: `tes@random-text` does as well (+0.5, 95 % CI -1.0 to 2.0)",
+        ),
+        (
+            {"mean": -0.005, "low": -0.009, "high": -0.001},
+            "the names' meaning is not shown to count: `tes@random-text` does more (-0.5, 95 % CI -0.9 to -0.1)",
+        ),
+        (
+            {**ONE_RUN, "mean": 0.008, "bootstrap_low": 0.001, "bootstrap_high": 0.02},
+            "the names' meaning counts: `tes@random-text` does less (+0.8, 95 % CI 0.1 to 2.0)",
+        ),
+        (
+            {**ONE_RUN, "mean": 0.008, "bootstrap_low": None, "bootstrap_high": None},
+            "+0.8 against `tes@random-text`, one run: whether the names' meaning counts cannot be told",
+        ),
+    ],
+)
+def test_what_helped_is_held_against_its_controls(figures, clause):
+    assert sentence(TEXT, effect(), controls={RANDOM: effect(**figures)}).endswith(f", 10 seeds); {clause}")
+
+
+def test_what_did_not_help_is_not_explained():
+    controls = {RANDOM: effect()}
+    assert "tes@random-text" not in sentence(TEXT, effect(**NONE), controls=controls)
+    assert "tes@random-text" not in sentence(TEXT, hurt(), controls=controls)
+
+
+def test_the_scope_is_said_of_an_interval_over_seeds_alone():
+    assert "this pool" in sentence(TEXT, effect(), scope="about this pool")
+    assert "this pool" not in sentence(TEXT, effect(**ONE_RUN), scope="about this pool")

@@ -8,7 +8,7 @@ of Modern Neural Networks", ICML 2017, section 4.2. The predicted class stays. T
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any

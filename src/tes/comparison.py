@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -31,6 +31,8 @@ COLUMNS = (
     "seed", "head", "default_head", "num_classes", "num_train", "num_val", "top1", "mean_per_class", "nll", "ece",
     "run",
 )  # fmt: skip
+MEANINGLESS = ("random-text", "permuted-text")
+"""Presets that take the names' meaning from an objective."""
 FIGURES = ("mean_per_class", "top1", "nll", "ece", "coarse_top1")
 
 
@@ -201,7 +203,8 @@ def summarise(comparison: Comparison) -> dict[str, Any]:
             "figures": {shots: _figures(comparison, shots, arm) for shots in plan.shots},
         }
         if arm in effects:
-            entry["effect"] = effects[arm].to_dict()
+            # No verdict on arms that were not asked for: they tell where a gain comes from, and nothing corrects them.
+            entry["effect"] = effects[arm].to_dict() | ({} if entry["typed"] else {"verdict": None})
             entry["by_shots"] = {shots: _paired_only(comparison, (shots,), arm) for shots in plan.shots}
             for name, chosen in _parts(comparison):
                 entry[name] = {shots: _paired_only(comparison, (shots,), arm, chosen) for shots in plan.shots} | {
@@ -209,7 +212,10 @@ def summarise(comparison: Comparison) -> dict[str, Any]:
                 }
             if credit := _credit(comparison, arm, everyone):
                 entry["credit"] = credit
-            entry["sentence"] = _sentence(comparison, arm, effects[arm], entry.get("credit"))
+            controls = _controls(comparison, arm, everyone)
+            entry["controls"] = {name: control.to_dict() | {"verdict": None} for name, control in controls.items()}
+            if entry["typed"]:
+                entry["sentence"] = _sentence(comparison, arm, effects[arm], entry.get("credit"), controls)
         arms[arm] = entry
     return {
         "format": FORMAT,
@@ -223,7 +229,7 @@ def summarise(comparison: Comparison) -> dict[str, Any]:
         "num_known_names": None if comparison.known is None else int(comparison.known.sum()),
         "arms": arms,
         "notes": _notes(comparison),
-        "sentences": [entry["sentence"] for entry in arms.values() if entry["typed"] and "sentence" in entry],
+        "sentences": [entry["sentence"] for entry in arms.values() if "sentence" in entry],
     }
 
 
@@ -338,20 +344,24 @@ def write_plan(folder: Path, plan: Plan) -> None:
 
 def _effects(comparison: Comparison, arms: Sequence[str], baseline: str) -> dict[str, Effect]:
     """Return every arm's effect against the baseline; Holm's correction is over the arms that the user typed."""
-    plan = comparison.plan
     others = [arm for arm in arms if arm != baseline]
-    over_seeds = {arm: paired(*_differences(comparison, plan.shots, arm, baseline)) for arm in others}
-    typed = [arm for arm in others if arm in plan.arms]
-    adjusted = dict(zip(typed, holm([over_seeds[arm].p for arm in typed])))
-    effects = {}
-    for arm in others:
-        pairs = [
-            (comparison.answers(shots, seed, arm), comparison.answers(shots, seed, baseline))
-            for shots in plan.shots
-            for seed in plan.seeds
-        ]
-        effects[arm] = Effect.of(over_seeds[arm], adjusted.get(arm), bootstrap_images(pairs, comparison.metric))
+    effects = {arm: _effect(comparison, arm, baseline) for arm in others}
+    typed = [arm for arm in others if arm in comparison.plan.arms]
+    for arm, p_holm in zip(typed, holm([effects[arm].p for arm in typed])):
+        effects[arm] = replace(effects[arm], p_holm=p_holm)
     return effects
+
+
+def _effect(comparison: Comparison, arm: str, baseline: str) -> Effect:
+    """Return an arm's effect against another one, over seeds and over images; no p is adjusted."""
+    plan = comparison.plan
+    pairs = [
+        (comparison.answers(shots, seed, arm), comparison.answers(shots, seed, baseline))
+        for shots in plan.shots
+        for seed in plan.seeds
+    ]
+    over_seeds = paired(*_differences(comparison, plan.shots, arm, baseline))
+    return Effect.of(over_seeds, None, bootstrap_images(pairs, comparison.metric))
 
 
 def _differences(
@@ -359,7 +369,7 @@ def _differences(
 ) -> tuple[list[float], bool]:
     """Return arm - baseline per seed, the mean over shots, and whether either side has a seed."""
     plan = comparison.plan
-    is_single = set(shots) == {"all"} and {arm, baseline} <= set(plan.single)
+    is_single = {arm, baseline} <= set(plan.single) and all(_takes_all(comparison, shot) for shot in shots)
     seeds = plan.seeds[:1] if is_single else plan.seeds
     values = [
         np.mean([_score(comparison, shot, seed, arm, chosen) for shot in shots])
@@ -418,25 +428,53 @@ def _credit(comparison: Comparison, arm: str, arms: Sequence[str]) -> dict[str, 
     return {name: from_start, "the objective": objective}
 
 
+def _controls(comparison: Comparison, arm: str, arms: Sequence[str]) -> dict[str, Effect]:
+    """Return, of an arm that reads the names, its effect over the same without their meaning, by what that is called.
+
+    The objective's text is taken away by the presets below, the prior's by permuting its names.
+    """
+    starts = comparison.plan.starts
+    name, preset = _objective(arm).partition("@")[::2]
+    pairs = {
+        f"`{other}`": (arm, other)
+        for other in arms
+        if not preset and starts[other] == starts[arm] and _objective(other) in {f"{name}@{p}" for p in MEANINGLESS}
+    }
+    with_prior, permuted = f"{BASELINE}+probe+prior", f"{BASELINE}+probe+permuted"
+    if starts[arm] == "probe+prior" and {with_prior, permuted} <= {*arms}:
+        pairs[f"the start `{permuted}`"] = (with_prior, permuted)
+    return {called: _effect(comparison, *pair) for called, pair in pairs.items()}
+
+
 def _objective(arm: str) -> str:
     return arm.partition("+")[0]
 
 
-def _sentence(comparison: Comparison, arm: str, effect: Effect, credit: Mapping[str, float] | None) -> str:
+def _sentence(
+    comparison: Comparison, arm: str, effect: Effect, credit: Mapping[str, float] | None, controls: Mapping[str, Effect]
+) -> str:
     subject = "text supervision" if arm == "tes" else f"`{arm}`"
-    return sentence(subject, effect, credit if credit and len(credit) > 1 else None, _draws_overlap(comparison)) + "."
+    return sentence(subject, effect, credit if credit and len(credit) > 1 else None, controls, _scope(comparison)) + "."
 
 
-def _draws_overlap(comparison: Comparison) -> bool:
-    """Whether a seed draws more than half of the pool: seeds then share most of their images."""
+def _scope(comparison: Comparison) -> str:
+    """Return what an interval over seeds is about, where seeds share most of their images."""
     plan = comparison.plan
+    if all(_takes_all(comparison, shots) for shots in plan.shots):
+        return "every seed trains on the same images: the interval is about this training set"
     for shots in plan.shots:
-        if shots == "all":
-            continue
         summary = comparison.run(shots, plan.seeds[0], plan.arms[0]).summary
-        if summary["num_train"] + summary["num_val"] > 0.5 * summary.get("num_pool", float("inf")):
-            return True
-    return False
+        if shots != "all" and summary["num_train"] + summary["num_val"] > 0.5 * summary.get("num_pool", float("inf")):
+            return "seeds draw most of a small pool: the interval is about this pool"
+    return ""
+
+
+def _takes_all(comparison: Comparison, shots: str) -> bool:
+    """Whether every seed draws the same images: all of them."""
+    if shots == "all":
+        return True
+    summary = comparison.run(shots, comparison.plan.seeds[0], comparison.plan.arms[0]).summary
+    return summary["num_train"] == summary.get("num_pool")
 
 
 def _figures(comparison: Comparison, shots: str, arm: str) -> dict[str, Any]:

@@ -301,7 +301,11 @@ def _paired_by_path(arm: Answers, ce: Answers) -> np.ndarray:
 
 
 def sentence(
-    subject: str, effect: Effect, credit: Mapping[str, float] | None = None, draws_overlap: bool = False
+    subject: str,
+    effect: Effect,
+    credit: Mapping[str, float] | None = None,
+    controls: Mapping[str, Effect] | None = None,
+    scope: str = "",
 ) -> str:
     """Say in one sentence what came out.
 
@@ -309,7 +313,9 @@ def sentence(
         subject: What the arm has and `ce` has not: "text supervision", "`label_smoothing`".
         effect: The arm against `ce`.
         credit: Part ("the text prior") to its share of the mean, a fraction like the mean itself.
-        draws_overlap: Whether the seeds draw most of a small pool, so that they are not independent.
+        controls: What takes the names' meaning away ("`tes@random-text`") to the effect with them over that; said of
+            where something helped.
+        scope: What the interval is about, where seeds do not draw independently.
     """
     points, seeds = _points(effect.mean), _seeds(effect.num_seeds)
     said = {
@@ -326,6 +332,8 @@ def sentence(
         (first, share), *rest = credit.items()
         parts = [f"{_points(share)} of it from {first}", *(f"{_points(share)} from {part}" for part, share in rest)]
         clauses.append(", ".join(parts))
+    if controls and effect.verdict == "helped":
+        clauses += [_against_control(name, difference) for name, difference in controls.items()]
     if effect.has_too_few_seeds:
         verb = "is" if effect.num_seeds == 1 else "are"
         clauses.append(f"{seeds} {verb} too few to judge, run it with `--seeds {ADVISED_SEEDS}`")
@@ -337,9 +345,20 @@ def sentence(
                 clauses.append(f"over images the interval is {_range(over_images)}")
             elif effect.p_holm is not None:
                 clauses.append(f"p = {effect.p_holm:.3f} after Holm's correction")
-    if draws_overlap:
-        clauses.append("seeds draw most of a small pool: the interval is about this pool")
+    if scope and effect.low is not None:
+        clauses.append(scope)
     return "; ".join(clauses)
+
+
+def _against_control(name: str, difference: Effect) -> str:
+    has_t = difference.low is not None and difference.high is not None
+    low, high = (difference.low, difference.high) if has_t else (difference.bootstrap_low, difference.bootstrap_high)
+    if low is None or high is None:
+        return f"{_points(difference.mean)} against {name}, one run: whether the names' meaning counts cannot be told"
+    shown = f"{_points(difference.mean)}, 95 % CI {_range((low, high))}"
+    if low > 0:
+        return f"the names' meaning counts: {name} does less ({shown})"
+    return f"the names' meaning is not shown to count: {name} does {'more' if high < 0 else 'as well'} ({shown})"
 
 
 def judged(low: float, high: float) -> str:

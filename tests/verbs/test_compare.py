@@ -40,7 +40,9 @@ def test_every_arm_is_scored_in_every_cell_beside_what_credit_needs(begin):
         run = tes.Run.open(comparison.path / row["run"])
         assert float(row["mean_per_class"]) == run.metrics["test"][row["head"]]["mean_per_class"]
     entry = comparison.summary["arms"]["tes"]
-    assert not comparison.summary["arms"]["ce+probe+lookup"]["typed"] and "sentence" in entry
+    added = comparison.summary["arms"]["ce+probe+lookup"]
+    assert not added["typed"] and "sentence" not in added and added["effect"]["verdict"] is None
+    assert "sentence" in entry and list(entry["controls"]) == ["the start `ce+probe+permuted`"]
     assert sum(entry["credit"].values()) == pytest.approx(entry["effect"]["mean"])
     assert set(entry["credit"]) == {"the text prior", "the objective"}
 
@@ -67,6 +69,44 @@ def test_an_arm_equal_to_ce_is_no_evidence(begin):
     assert comparison.summary["sentences"][0].startswith(
         "no evidence that `ce+probe` helped: 0.0 points (95 % CI 0.0 to 0.0"
     )
+
+
+def test_an_arm_that_reads_the_names_is_held_against_the_same_without_their_meaning(begin):
+    arms = ("ce", "tes", "tes@random-text", "tes@permuted-text", "tes@random-text+probe")
+    comparison = begin(arms, shots=("1",))
+    entry = comparison.summary["arms"]["tes"]
+    assert set(entry["controls"]) == {
+        "`tes@random-text`", "`tes@permuted-text`", "the start `ce+probe+permuted`"
+    }  # fmt: skip
+    scores = {
+        (row["arm"], row["seed"]): float(row["mean_per_class"]) for row in table(comparison) if row["head"] == "vision"
+    }
+    for name, pair in {
+        "`tes@random-text`": ("tes", "tes@random-text"),
+        "the start `ce+probe+permuted`": ("ce+probe+prior", "ce+probe+permuted"),
+    }.items():
+        expected = np.mean([scores[pair[0], seed] - scores[pair[1], seed] for seed in "01"])
+        assert entry["controls"][name]["mean"] == pytest.approx(expected)
+    assert set(comparison.summary["arms"]["tes@random-text"]["controls"]) == {"the start `ce+probe+permuted`"}
+    assert comparison.summary["arms"]["tes@random-text+probe"]["controls"] == {}
+
+
+def test_a_share_of_everything_is_everything_and_one_run_counts_as_one(begin):
+    flags = {"train": "head"}
+    comparison = begin(("ce", "label_smoothing"), shots=("100%",), num_seeds=3, flags=flags)
+    assert comparison.plan.shots == ("all",) and len(table(comparison)) == 2
+    # A draw that takes every image of the pool is the same from every seed: 12 images, 3 for test.
+    comparison = begin(("ce", "label_smoothing"), shots=("9",), num_seeds=3, flags=flags, out="nine")
+    assert len(table(comparison)) == 6
+    effect = comparison.summary["arms"]["label_smoothing"]["effect"]
+    assert effect["num_seeds"] == 0 and effect["p"] is None
+
+
+@pytest.mark.slow
+def test_seeds_that_share_all_images_are_said_to(begin):
+    flags = {"train": "all", "optim.num_steps": 2, "optim.batch_size": 4}
+    comparison = begin(("ce", "label_smoothing"), shots=("all",), flags=flags, controls=False)
+    assert "every seed trains on the same images" in comparison.summary["sentences"][0]
 
 
 def test_controls_are_left_out_on_request(begin):

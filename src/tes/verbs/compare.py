@@ -111,7 +111,7 @@ def compare(
     """
     if not isinstance(settings, Settings):
         settings = Settings(flags=settings)
-    shots = [str(int(shot)) if shot.isdecimal() else shot for shot in shots]
+    shots = [_spelled(shot) for shot in shots]
     check_axes(arms, shots, num_seeds, num_trials, split, protocol)
     _check_arms(settings, arms, shots[0], first_seed)
     first = settings.config(arms[0], shots[0], first_seed)
@@ -254,6 +254,13 @@ def check_axes(
         raise ConfigError("--protocol paper chooses on the test split; it has no --split val.")
     for shot in shots:
         _subset(shot)
+
+
+def _spelled(shots: str) -> str:
+    """Return shots as tables have them: a share of everything is everything, and no seed draws from that."""
+    if shots.isdecimal():
+        return str(int(shots))
+    return "all" if _subset(shots).get("data.fraction") == 1 else shots
 
 
 def _subset(shots: str) -> dict[str, Any]:
