@@ -159,3 +159,9 @@ def test_any_value_of_any_setting_is_taken_or_refused_with_its_key_and_what_is_t
 def test_any_text_after_set_is_a_value_or_one_sentence(key, text):
     with contextlib.suppress(ConfigError):
         load_config(flags={"data.source": "x"}, assignments=[f"{key}={text}"])
+
+
+def test_one_class_may_be_written_alone_and_labels_that_are_numbers_as_numbers():
+    flags = {"data.source": "photos"}
+    assert load_config(flags=flags, assignments=["data.only_classes=cat"]).data.only_classes == ("cat",)
+    assert load_config(flags=flags, assignments=["data.only_classes=[1, b]"]).data.only_classes == ("1", "b")

@@ -61,7 +61,8 @@ Classes = Annotated[
     str | None, typer.Option(metavar="FILE", help="Names, descriptions or prompts per class (JSON, YAML, CSV).")
 ]
 OnlyClasses = Annotated[
-    str | None, typer.Option(metavar="A,B,C", help="Keep these classes alone; or a file, one a line.")
+    str | None,
+    typer.Option(metavar="A,B,C", help='Keep these classes alone ("A, B" in quotes is one); or a file, one a line.'),
 ]
 Text = Annotated[
     str | None,
@@ -265,7 +266,7 @@ def predict(
     as_json: AsJson = False,
     debug: Debug = False,
 ) -> None:
-    """Classify images: CSV rows path,label,prob,top5 on stdout. A file that cannot be read is a row with the reason."""
+    """Classify images: CSV rows path,label,prob,top5,reason,name; a file that cannot be read has the reason alone."""
     from tes.verbs.predict import Classifier, image_files
 
     classifier = Classifier.from_run(run, backbone=backbone)
@@ -274,14 +275,15 @@ def predict(
     rows = []
     table = csv.writer(sys.stdout, lineterminator="\n")
     if not as_json:
-        table.writerow(["path", "label", "prob", "top5", "reason"])
+        table.writerow(["path", "label", "prob", "top5", "reason", "name"])
     for row in classifier.predict(files):
         failed += row.reason is not None
         if as_json:
             rows.append(dataclasses.asdict(row))
         else:
             top5 = "; ".join(f"{label} {prob:.4f}" for label, prob in row.top5)
-            table.writerow([row.path, row.label, "" if row.prob is None else f"{row.prob:.4f}", top5, row.reason or ""])
+            prob = "" if row.prob is None else f"{row.prob:.4f}"
+            table.writerow([row.path, row.label, prob, top5, row.reason or "", row.name])
     if as_json:
         print(json.dumps(rows, ensure_ascii=False))
     if failed:
@@ -712,7 +714,7 @@ def _flags(given: Mapping[str, Any], but: Sequence[str] = ()) -> dict[str, Any]:
     if flags.get("data.shots") == "all":
         del flags["data.shots"]
     if (chosen := flags.get("data.only_classes")) is not None:
-        flags["data.only_classes"] = [part.strip() for part in chosen.split(",")]
+        flags["data.only_classes"] = [part.strip() for part in next(csv.reader([chosen], skipinitialspace=True), [])]
     return flags
 
 
@@ -735,7 +737,7 @@ def _comparison(settings: Any, config: Path | None, assignments: list[str] | Non
         if name not in ("data", "shots", "fraction", "workers", *own) and value != standard.value(key):
             words.append(f"--{name.replace('_', '-')}")
             if value is not True:
-                words.append(",".join(value) if isinstance(value, tuple) else value)
+                words.append(_row(value) if isinstance(value, tuple) else value)
     words += [] if config is None else ["--config", config]
     for text in assignments or ():
         key = text.partition("=")[0].strip()
@@ -749,6 +751,13 @@ def _goes_on(settings: Any, folder: Path) -> str:
     given = [argument for argument in sys.argv[1:] if argument not in ("--overwrite", "--resume")]
     out = [] if settings.out else ["--out", str(folder)]
     return shlex.join(["tes", *given, *out, "--resume"])
+
+
+def _row(cells: Sequence[str]) -> str:
+    """Return names as a line of CSV, as `--only-classes` reads it."""
+    line = io.StringIO()
+    csv.writer(line, lineterminator="").writerow(cells)
+    return line.getvalue()
 
 
 def _listed(text: str) -> list[str]:

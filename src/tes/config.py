@@ -54,6 +54,7 @@ class DataConfig(Settings):
     )
     classes: str | None = Field(None, description="JSON, YAML or CSV with names, descriptions or prompts per class")
     only_classes: tuple[str, ...] | None = Field(None, description="keep these classes alone")
+    min_images: Annotated[int, Field(ge=1)] = Field(1, description="leave out classes with fewer images, all splits")
     shots: Annotated[int, Field(ge=0)] | None = Field(
         None, description="training images per class; None: all; 0: none, a zero-shot model from the text prior"
     )
@@ -63,6 +64,13 @@ class DataConfig(Settings):
         None, description="more unreadable images than this stop the run; None: the larger of 3 and 1 %"
     )
     partial: bool = Field(False, description="accept a subset of a task's official list")
+
+    @field_validator("only_classes", mode="before")
+    @classmethod
+    def _one_or_several(cls, value: Any) -> Any:
+        """Read `cat` as one class, and `[1, 2]` as YAML writes labels that are numbers."""
+        names = [value] if isinstance(value, str | int) else value
+        return [str(name) if isinstance(name, int) else name for name in names] if isinstance(names, list) else names
 
     @model_validator(mode="after")
     def _one_subset(self) -> DataConfig:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 import time
 from collections.abc import Callable, MutableMapping
@@ -24,7 +25,7 @@ from tes.engine.scoring import out_of_fold, predict
 from tes.errors import RunError
 from tes.files import append_jsonl, write_atomic
 from tes.loaded import Loaded
-from tes.metrics import evaluate_split, image_losses
+from tes.metrics import METRICS, evaluate_split, image_losses
 from tes.mistakes import worth_showing
 from tes.predictions import Predictions, in_common
 from tes.prepare import VAL_SELECTED, Job, Protocol, prepare
@@ -83,6 +84,7 @@ def run_job(
     if selected:
         run_writer.write_inputs(folder, job.config, loaded.backbone.images)
     predicted, metrics = _score(folder, job, fitted, journal)
+    _say_what_steps_did(job, fitted, metrics)
     said |= predicted
     if shared is None:
         head = fitted.learner.objective.default_head
@@ -258,6 +260,19 @@ def _score(
         metrics[split] = run_writer.write_predictions(folder, split, said[split], job.dataset)
         journal.log({"split": split, "step": job.config.optim.num_steps or 0, "heads": metrics[split]})
     return said, metrics
+
+
+def _say_what_steps_did(job: Job, fitted: Fitted, metrics: dict[str, dict[str, Any]]) -> None:
+    """Say how far the trained network is from the head that it started from, on the images that may choose."""
+    if fitted.started is None or job.protocol != VAL_SELECTED or "val" not in metrics:
+        return
+    head, metric = fitted.learner.objective.default_head, job.dataset.metric
+    before, after = (figures[head][metric] for figures in (fitted.started, metrics["val"]))
+    moved = f"on val from {before:.1%} (the head that it started from) to {after:.1%} {METRICS[metric]}"
+    if before - after > math.sqrt(before * (1 - before) / len(job.choosing)):
+        console.warn(f"the steps took it down, {moved}: try a lower --lr, or --train head")
+    else:
+        console.note(f"the steps took it {moved}")
 
 
 def _refit(job: Job, journal: _Journal) -> Fitted:

@@ -207,6 +207,20 @@ def test_one_class_is_not_enough(photos):
     assert "at least two classes to tell apart, but there is only `cat`" in refusal(photos(cat=4))
 
 
+def test_classes_with_few_images_are_left_out_on_request(photos):
+    dataset = load(photos(a=6, b=2, c=4), min_images=4)
+    assert [info.label for info in dataset.classes] == ["a", "c"] and set(dataset.labels.tolist()) == {0, 1}
+    assert any("Left out the class `b`, with fewer than 4 images" in note for note in dataset.notes)
+
+
+def test_a_table_whose_images_lie_elsewhere_says_where_they_were_looked_for(photos, tmp_path):
+    root = photos(a=3, b=3)
+    rows = [f"{image.relative_to(root)},{image.parent.name}" for image in sorted(root.rglob("*.jpg"))]
+    (tmp_path / "labels.csv").write_text("\n".join(["path,label", *rows]))
+    with pytest.raises(DataError, match=r"6 of 6 images .* `a/000.jpg` was looked for as `.*/a/000.jpg`; paths in a t"):
+        load(tmp_path / "labels.csv")
+
+
 def test_only_classes_are_kept_by_label_or_readable_name_or_from_a_file(photos, tmp_path):
     root = photos(sea_horse=4, dog=4, cat=4)
     dataset = load(root, only_classes=("Sea-Horse", "cat", "cat"))

@@ -12,6 +12,12 @@ from tes.data.folder import FolderSource
 from tes.errors import DataError
 
 
+def put(folder):
+    """Put an image (nobody looks into it here) into a folder, which is made."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "1.png").touch()
+
+
 def listed(source):
     return [(sample.path, sample.label, sample.split) for sample in source.samples]
 
@@ -253,3 +259,37 @@ def test_a_pipe_is_not_read(photos):
 
 def test_the_name_is_fit_for_a_run_folder(photos):
     assert FolderSource(photos("my photos, 2024 (new)", cat=1, dog=1)).name == "my-photos-2024-new"
+
+
+@pytest.mark.parametrize("names", [("Training", "Testing"), ("train", "Testing"), ("train_set", "val_set", "test_set")])
+def test_splits_by_another_name_are_not_taken_for_classes(tmp_path, names):
+    for name in names:
+        for label in ("glioma", "meningioma"):
+            put(tmp_path / name / label)
+    with pytest.raises(
+        DataError, match=r"look like splits, not like classes: each holds glioma, meningioma; call them"
+    ):
+        FolderSource(tmp_path)
+
+
+def test_classes_that_are_called_like_splits_are_classes_where_their_folders_differ(tmp_path):
+    for name in ("train_set", "test_set"):  # of a model railway and a laboratory
+        put(tmp_path / name)
+    assert {sample.label for sample in FolderSource(tmp_path).samples} == {"train_set", "test_set"}
+
+
+def test_images_that_all_lie_deeper_are_said_to(tmp_path):
+    for path in ("Rosaceae/rosa", "Rosaceae/rubus", "Poaceae/poa"):
+        put(tmp_path / path)
+    source = FolderSource(tmp_path)
+    assert {sample.label for sample in source.samples} == {"Rosaceae", "Poaceae"}
+    assert any("a folder deeper than its class, as `Poaceae/poa/1.png` of `Poaceae`" in note for note in source.notes)
+    put(tmp_path / "Poaceae")
+    assert not any("deeper" in note for note in FolderSource(tmp_path).notes)
+
+
+def test_a_folder_around_the_class_folders_is_named(tmp_path):
+    for label in ("a", "b"):
+        put(tmp_path / "archive" / label)
+    with pytest.raises(DataError, match=r"holds the one folder `archive`.*name `.*archive`"):
+        FolderSource(tmp_path)

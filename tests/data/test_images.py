@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tes.data.images import UnreadableImageError, decode
+from tes.data.images import UnreadableImageError, decode, depth, depth_notes
 
 
 def encoded(image: Image.Image, kind: str, **options) -> bytes:
@@ -151,3 +151,17 @@ def test_the_error_travels_between_processes():
     error = pickle.loads(pickle.dumps(UnreadableImageError("truncated file")))
     assert error.reason == "truncated file"
     assert str(error) == "The image cannot be read: truncated file."
+
+
+def test_deep_images_that_would_look_black_or_uneven_are_said_to():
+    def notes(*arrays):
+        return depth_notes([depth(encoded(Image.fromarray(values), "TIFF")) for values in arrays])
+
+    twelve_bits = np.arange(4096, dtype=np.uint16).reshape(64, 64)
+    assert "the brightest value of 2 looked at is 4095 of 65535" in notes(twelve_bits, twelve_bits // 2)[0]
+    assert notes(twelve_bits, twelve_bits * 15) == []  # one dark image among brighter ones is a dark image
+    signed = np.arange(-1000, 1000, dtype=np.int32).reshape(40, 50)
+    assert any("negative values" in note for note in notes(signed))
+    floats = np.linspace(0, 1, 256, dtype=np.float32).reshape(16, 16)
+    assert notes(floats) == [] and "differs from one to the next (1 to 255)" in notes(floats, floats * 1.2)[0]
+    assert depth(encoded(Image.new("RGB", (4, 4)), "PNG")) is None and depth(b"nothing") is None

@@ -142,3 +142,17 @@ def test_labels_that_disagree_with_class_folders_are_noted_and_count(table):
     assert note.startswith("1 label of") and "photos/cat/9.jpg is `golden_retriever`" in note
     other = [f"{folder}/{number}.jpg,{label}" for folder, label in (("a", "b"), ("b", "a")) for number in range(3)]
     assert table("\n".join(["path,label", *other])).notes == []  # folders that are no classes
+
+
+def test_a_table_with_semicolons_is_read_as_excel_writes_it_where_the_comma_is_the_decimal_sign(table):
+    assert listed(table("path;label\na.png;cat, small\nb.png;dog\n")) == [
+        ("a.png", "cat, small", None, None),
+        ("b.png", "dog", None, None),
+    ]
+
+
+def test_columns_by_their_usual_other_names_are_pointed_at(table):
+    with pytest.raises(DataError, match=r"no column `path`. Is it `image`. Rename that"):
+        table("image,label\na.png,cat\n")
+    with pytest.raises(DataError, match=r"no column `label`. Is it `species`. Rename that"):
+        table("path,species\na.png,cat\n")

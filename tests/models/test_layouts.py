@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 
+import numpy as np
 import pytest
 import timm
 import torch
@@ -70,7 +72,12 @@ def moco_v3_momentum(network):
 def dino(network):
     heads = {"head.mlp.0.weight": torch.ones(2, 2), "head.last_layer.weight_g": torch.ones(2, 1)}
     student = other("module.backbone.", network) | {f"module.{name}": tensor for name, tensor in heads.items()}
-    return {"student": student, "teacher": under("backbone.", network) | heads, "epoch": 9}
+    return {
+        "student": student,
+        "teacher": under("backbone.", network) | heads,
+        "epoch": 9,
+        "args": argparse.Namespace(arch="any"),
+    }
 
 
 def swav(network):
@@ -81,7 +88,8 @@ def swav(network):
 def mae(network):
     decoder = {"mask_token": torch.ones(1, 1, 8), "decoder_embed.weight": torch.ones(8, 24)}
     decoder |= {"decoder_pos_embed": torch.ones(1, 17, 8), "decoder_blocks.0.norm1.weight": torch.ones(8)}
-    return {"model": under("", network) | decoder, "optimizer": {}}
+    told = {"args": argparse.Namespace(lr=1e-4), "best": np.float64(83.1), "epoch": np.int64(9)}
+    return {"model": under("", network) | decoder, "optimizer": {}} | told
 
 
 def encoder_alone(network):

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import json
 
 import numpy as np
@@ -53,6 +54,14 @@ def test_duplicates_near_duplicates_and_silent_names_are_said_to_be_so():
     assert "3 names of 5 say nothing (17, class_3, x)" in verdict
     assert "1 further pair of classes is nearly the same to the text (pear and x 1.00)" in verdict
     assert "nothing stands in the way" not in verdict
+
+
+def test_names_that_an_english_encoder_cannot_read_are_said_to_be_so():
+    classes = derive_classes(["Löwenzahn", "Mohn", "pear"])
+    text = dataclasses.replace(classifier(classes, ROWS[:3]), encoder="minilm")
+    assert "1 name of 3 has letters that English lacks (löwenzahn)" in text_report(text, classes)["verdict"][0]
+    other = dataclasses.replace(text, encoder="st:multilingual")
+    assert "nothing stands in the way" in text_report(other, classes)["verdict"][0]
 
 
 def test_a_silent_name_with_a_description_is_not_silent():

@@ -180,6 +180,8 @@ def test_a_task_that_is_not_there_is_to_be_fetched_to_where_it_was_looked_for(cl
          "ce,tes --seeds 10 --shots 4 --batch-size 8 --epochs 2.0 --precision fp32 --set optim.num_epochs=2"),
         ({"objective": "tes@paper", "data.only_classes": ["a b", "c"]}, ["objective.temperature=0.2"],
          "ce,tes@paper --seeds 10 --only-classes 'a b,c' --set objective.temperature=0.2"),
+        ({"objective": "tes", "data.only_classes": ["Ford F-150, 2012", "c"]}, [],
+         "ce,tes --seeds 10 --only-classes '\"Ford F-150, 2012\",c'"),
         ({"objective": "label_smoothing"}, ["objective.smoothing=0.2"], "ce,tes --seeds 10"),
         ({}, ["objective.name=tes", "objective.preset=paper"], "ce,tes@paper --seeds 10"),
     ],

@@ -69,6 +69,49 @@ def test_a_solved_head_tells_the_colours_apart_and_the_saved_model_says_the_same
         assert row.label == run.classes[int(probabilities.argmax())]["class"]
 
 
+def test_photos_in_memory_are_prepared_as_files_are(settings, tmp_path):
+    from PIL import Image
+
+    classifier = tes.Classifier.from_run(tes.train(settings(objective="ce")))
+    pixels = np.zeros((40, 60, 4), dtype=np.uint8)
+    pixels[:, :20] = (200, 30, 30, 255)  # the rest is transparent
+    image = Image.fromarray(pixels)
+    exif = Image.Exif()
+    exif[0x0112] = 6  # on its side
+    image.save(tmp_path / "photo.png", exif=exif)
+    with Image.open(tmp_path / "photo.png") as held:
+        said = classifier.probabilities([held])[0]
+    [row] = classifier.predict([tmp_path / "photo.png"])
+    assert row.prob == pytest.approx(said.max().item(), abs=1e-6)
+    assert (row.label, row.name) == ("red_square", "red square")
+
+
+def test_only_one_batch_of_small_images_is_held_while_large_photos_are_classified(settings, photos, monkeypatch):
+    from tes.engine.loader import eval_transform
+
+    classifier = tes.Classifier.from_run(tes.train(settings(objective="ce")))
+    transform, seen = eval_transform(classifier.learner.backbone.images), []
+    monkeypatch.setattr(classifier, "transform", lambda image: seen.append(image.size) or transform(image))
+    batches = []
+    run = classifier._probabilities
+    monkeypatch.setattr(classifier, "_probabilities", lambda batch: batches.append(batch.shape) or run(batch))
+    files = sorted(photos.rglob("*.png")) * 2
+    assert len(list(classifier.predict(files))) == 72
+    assert len(seen) == 72 and [tuple(shape) for shape in batches] == [(64, 3, 32, 32), (8, 3, 32, 32)]
+
+
+@pytest.mark.parametrize("rate", [1e-4, 0.3])
+def test_a_training_says_how_far_its_steps_took_it_from_the_head_that_it_started_from(settings, capsys, rate):
+    run = tes.train(settings(objective="ce", train="all", optim__num_steps=5, optim__learning_rate=rate, data__shots=4))
+    rows = [json.loads(line) for line in (run.path / "metrics.jsonl").read_text().splitlines()]
+    first = next(row for row in rows if row["split"] == "val")
+    before, after = first["heads"]["vision"]["mean_per_class"], run.metrics["val"]["vision"]["mean_per_class"]
+    assert first["step"] == 0
+    shown = f"on val from {before:.1%} (the head that it started from) to {after:.1%} mean per class"
+    said = capsys.readouterr().err
+    assert f"the steps took it {'down, ' if rate == 0.3 else ''}{shown}" in said and (rate != 0.3 or after < before)
+
+
 def test_equal_training_gives_equal_bytes(settings, tmp_path):
     paths = []
     for name in ("a", "b"):

@@ -17,6 +17,7 @@ import yaml
 from tes.config import NOT_YAML
 from tes.data.names import NameIndex, readable_name
 from tes.data.source import no_such_path
+from tes.data.table import delimiter
 from tes.errors import DataError, listing, one_line
 from tes.files import user_path
 
@@ -215,8 +216,7 @@ def _parse_yaml(path: Path, text: str) -> Any:
 
 
 def _parse_csv(path: Path, text: str) -> dict[str, dict[str, Any]]:
-    delimiter = "\t" if path.suffix.lower() == ".tsv" else ","
-    reader = csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
+    reader = csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter(path, text), strict=True)
     tree: dict[str, dict[str, Any]] = {}
     try:
         header = [name.strip().lower() for name in reader.fieldnames or []]

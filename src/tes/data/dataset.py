@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import numpy as np
 from PIL import Image
@@ -13,15 +15,17 @@ from PIL import Image
 from tes import console
 from tes.config import DataConfig
 from tes.data.classes_file import ClassInfo, apply_classes_file, derive_classes
-from tes.data.images import UnreadableImageError, decode
+from tes.data.images import DEEP_SUFFIXES, Depth, UnreadableImageError, decode, depth, depth_notes
 from tes.data.names import NameIndex
-from tes.data.scan import scan
+from tes.data.scan import NO_SUCH_FILE, scan
 from tes.data.source import Sample, Source, open_source
 from tes.data.splits import carve, draw_fraction, draw_shots
 from tes.data.task import load_task, task_names
 from tes.data.task_source import TaskClasses
 from tes.errors import DataError, counted, listing
 from tes.files import user_path
+
+MAX_DEPTHS = 32
 
 
 class LostImageError(DataError):
@@ -280,6 +284,10 @@ def _samples_and_classes(source: Source, config: DataConfig) -> tuple[list[Sampl
         num_classes, labels = len(labels), _chosen(config.only_classes, labels)
         samples = [sample for sample in samples if sample.label in labels]
         notes.append(f"Kept {len(labels)} of {num_classes} classes, as `only_classes` says.")
+    sizes = Counter(sample.label for sample in samples)
+    if small := sorted(label for label in labels if sizes[label] < config.min_images):
+        samples, labels = [sample for sample in samples if sample.label not in small], labels - set(small)
+        notes.append(f"Left out {_classes(small)}, with fewer than {config.min_images} images, as `min_images` says.")
     if source.coverage is not None:
         trained = {sample.label for sample in samples if sample.split == "train"}
         if untrained := sorted(labels - trained):
@@ -335,6 +343,14 @@ def _readable(
 ) -> Dataset:
     """Look at every image and leave out those that cannot be read."""
     seen = scan(source, samples)
+    absent = [path for path, reason in seen.unreadable if reason == NO_SUCH_FILE]
+    if source.root is not None and len(absent) > len(samples) / 2:
+        raise BadImagesError(
+            f"{len(absent)} of {counted(len(samples), 'image')} of `{source.name}` are not where they should be:"
+            f" `{absent[0]}` was looked for as `{source.root / absent[0]}`; paths in a table start at the folder that"
+            " it lies in, or are absolute.",
+            seen.unreadable,
+        )
     _refuse_too_many(source.name, seen.unreadable, len(samples), max_unreadable)
     shown = listing([f"{path} ({reason})" for path, reason in seen.unreadable])
     rows = [(sample, sha1) for sample, sha1 in zip(samples, seen.sha1s) if sha1 is not None]
@@ -343,6 +359,7 @@ def _readable(
     place = {info.label: number for number, info in enumerate(classes)}
     if seen.unreadable:
         notes = [*notes, f"Left out {counted(len(seen.unreadable), 'unreadable image')}: {shown}."]
+    notes = [*notes, *depth_notes(_depths(source, [sample for sample, _ in rows]))]
     # The name stands on every table and page, so the mark of an incomplete task stands there too.
     mark = f" ({source.coverage[0]} / {source.coverage[1]} images)" if source.coverage else ""
     return Dataset(
@@ -363,6 +380,17 @@ def _readable(
         crop_size=source.crop_size,
         coverage=source.coverage,
     )
+
+
+def _depths(source: Source, samples: Sequence[Sample]) -> list[Depth]:
+    """Look at some of the images that may have more than 8 bits, evenly over all."""
+    likely = [sample for sample in samples if Path(sample.path).suffix.lower() in DEEP_SUFFIXES]
+    found = []
+    for index in np.unique(np.linspace(0, len(likely) - 1, min(len(likely), MAX_DEPTHS), dtype=int)):
+        with contextlib.suppress(OSError):
+            if (one := depth(source.read(likely[index]))) is not None:
+                found.append(one)
+    return found
 
 
 def _refuse_too_many(name: str, unreadable: list[tuple[str, str]], num_images: int, max_unreadable: int | None) -> None:

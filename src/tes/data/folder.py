@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,6 +13,9 @@ from tes.data.source import SPLIT_WORDS, LocalSource, Sample, no_such_path
 from tes.errors import DataError, counted, listing
 from tes.files import user_path
 
+_LIKE_A_SPLIT = re.compile(
+    r"(.*[ _.-])?(train|training|val|valid|validation|eval|dev|test|testing)([ _.-]?(set|data|images?|split))?", re.I
+)
 # What operating systems leave behind; names with a leading dot are skipped as well.
 _CLUTTER = {"thumbs.db", "desktop.ini", "__macosx", "@eadir"}
 
@@ -38,6 +42,8 @@ class FolderSource(LocalSource):
         if not folders:
             raise DataError(_no_class_folders(root, files))
         splits = self._splits(folders)
+        if splits is None:
+            self._refuse_disguised(folders)
         samples: list[Sample] = []
         stray = [file for file in files if _is_image(file)]
         if splits is None:
@@ -52,6 +58,11 @@ class FolderSource(LocalSource):
                 for class_folder in class_folders:
                     samples += self._class_samples(class_folder, split)
         self.samples = sorted(samples, key=lambda sample: sample.path)
+        if splits is None and all(sample.path.count("/") > 1 for sample in samples):
+            self.notes.append(
+                f"Every image lies a folder deeper than its class, as `{samples[0].path}` of `{samples[0].label}`; if"
+                " the inner folders are the classes, move them up, or list the images in a CSV."
+            )
         self._describe_what_was_ignored(stray)
 
     def _folders_and_files(self, folder: Path) -> tuple[list[Path], list[Path]]:
@@ -83,6 +94,24 @@ class FolderSource(LocalSource):
                 "add it, or name the folder of class folders itself."
             )
         return splits
+
+    def _refuse_disguised(self, folders: list[Path]) -> None:
+        """Refuse folders that hold class folders themselves: taken for classes, they would train a senseless model."""
+        if len(folders) == 1:
+            inner, files = _entries(folders[0])
+            if len(inner) > 1 and not any(map(_is_image, files)):
+                raise DataError(
+                    f"`{self.root}` holds the one folder `{folders[0].name}`, which would be the only class; if the"
+                    f" classes are in it, name `{folders[0]}`."
+                )
+        elif all(_LIKE_A_SPLIT.fullmatch(folder.name) for folder in folders):
+            inner_names = [{_text(below.name) for below in _entries(folder)[0]} for folder in folders]
+            if common := sorted(set.intersection(*inner_names)):
+                raise DataError(
+                    f"{listing([f'`{folder.name}`' for folder in folders])} of `{self.root}` look like splits, not like"
+                    f" classes: each holds {listing(common, 3)}; call them `train`, `val` and `test` (val and test may"
+                    " be missing)."
+                )
 
     def _class_samples(self, folder: Path, split: str | None) -> list[Sample]:
         root = self.root.resolve()

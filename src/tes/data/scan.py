@@ -15,6 +15,7 @@ from tes.data.images import UnreadableImageError, decode
 from tes.data.source import Sample, Source
 from tes.files import cache_dir, sha256_text, write_atomic
 
+NO_SUCH_FILE = "no such file"
 _NUM_THREADS = min(8, (os.cpu_count() or 1) + 2)
 _DRAFT_SIDE = 64  # a JPEG's whole stream is still read; only its last steps are cut short
 
@@ -58,7 +59,7 @@ def _look(source: Source, sample: Sample) -> tuple[str | None, str]:
     except UnreadableImageError as problem:
         return None, problem.reason
     except FileNotFoundError:
-        return None, "no such file"
+        return None, NO_SUCH_FILE
     except (OSError, ValueError) as problem:  # ValueError: a path with a zero byte
         return None, str(getattr(problem, "strerror", None) or problem).lower()
     return hashlib.sha1(content).hexdigest(), ""

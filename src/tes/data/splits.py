@@ -128,7 +128,7 @@ def draw_shots(
         named = listing([f"`{label}` has {count}" for label, count in sorted(short.items())])
         raise DataError(
             f"{num_shots} shots need {num_shots} training images in every class, but {named}; lower --shots, or leave"
-            " those classes out with --only-classes."
+            " small classes out with --set data.min_images=N."
         )
     drawn = np.where(splits == "test", "test", "unused").astype("<U6")
     for queue in queues.values():

@@ -15,13 +15,18 @@ from tes.errors import DataError, counted, did_you_mean, listing
 from tes.files import user_path
 
 _COLUMNS = ("path", "label", "split", "group")
+_SYNONYMS = {
+    "path": {"image", "images", "file", "filename", "file_name", "filepath", "file_path", "image_path", "img", "name"},
+    "label": {"class", "class_name", "classname", "category", "target", "labels", "species", "y"},
+}
 
 
 class TableSource(LocalSource):
     """Images that a table lists. Files that are missing count as unreadable images, not as an error here.
 
     Args:
-        ref: The table, UTF-8 with or without a byte order mark; `.tsv` is separated by tabs, all else by commas.
+        ref: The table, UTF-8 with or without a byte order mark; `.tsv` is separated by tabs, all else by commas, or
+            by semicolons where the first line has these alone.
 
     Raises:
         DataError: The table cannot be read, lacks a column or a cell, or contradicts itself.
@@ -65,8 +70,10 @@ class TableSource(LocalSource):
         names = [name.strip().lower() for name in header]
         for needed in ("path", "label"):
             if needed not in names:
+                likely = next((name for name in names if name in _SYNONYMS[needed]), None)
+                hint = f" Is it `{likely}`? Rename that." if likely else did_you_mean(needed, names)
                 raise DataError(
-                    f"`{self._table}` has no column `{needed}`.{did_you_mean(needed, names)} Its first line must name"
+                    f"`{self._table}` has no column `{needed}`.{hint} Its first line must name"
                     f" the columns `path` and `label` (and, if you like, `split` and `group`); it reads:"
                     f" {listing(header) or 'nothing'}."
                 )
@@ -143,15 +150,21 @@ def _read_rows(path: Path) -> Iterator[tuple[int, list[str]]]:
         raise DataError(f"`{path}` is not UTF-8 text; save it again as CSV with the encoding UTF-8.") from None
     except OSError as problem:
         raise DataError(f"`{path}` cannot be read: {problem.strerror or problem}.") from None
-    reader = csv.reader(
-        io.StringIO(text, newline=""), delimiter="\t" if path.suffix.lower() == ".tsv" else ",", strict=True
-    )
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter(path, text), strict=True)
     try:
         for cells in reader:
             if any(cell.strip() for cell in cells):
                 yield reader.line_num, cells
     except csv.Error as problem:
         raise DataError(f"`{path}`, line {reader.line_num}, is not valid CSV: {problem}.") from None
+
+
+def delimiter(path: Path, text: str) -> str:
+    """Return what separates the cells of a table: Excel writes semicolons where the comma is the decimal sign."""
+    if path.suffix.lower() == ".tsv":
+        return "\t"
+    header = text.partition("\n")[0]
+    return ";" if ";" in header and "," not in header else ","
 
 
 def _check_one_label_a_cell(path: Path, lines: list[tuple[int, Sample]]) -> None:

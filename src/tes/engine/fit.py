@@ -53,12 +53,22 @@ class Given:
 
 @dataclass(frozen=True)
 class Fitted:
-    """A trained learner, the start it came from, what is shipped as trust in the prior, and figures from the way."""
+    """A trained learner, and where it came from.
+
+    Attributes:
+        learner: Trained.
+        start: The head that it started from.
+        trust_C: What is shipped as trust in the prior.
+        figures: From the way.
+        started: What `evaluate` said of the solved head that steps started from; None where none were taken, or from a
+            random one.
+    """
 
     learner: Learner
     start: Solution
     trust_C: Tensor | None = None
     figures: dict[str, float] = field(default_factory=dict)
+    started: dict[str, Any] | None = None
 
 
 def head_problem(config: Config, prior: Prior | None, class_weight_C: Tensor | None = None) -> HeadProblem:
@@ -119,10 +129,11 @@ def fit(
         return Fitted(learner, start, solution.trust_C, figures)
     figures = {} if features_NF is None else objective.warm_start(features_NF, target_NC)
     _note(objective, figures)
-    _train_network(
+    rows = _train_network(
         learner, config, dataset, indices, log, evaluate, evaluate_every, keep_best, checkpoint or Checkpoint()
     )
-    return Fitted(learner, start, start.trust_C, figures)
+    started = next((row["heads"] for row in rows if row["split"] == "val" and row["step"] == 0), None)
+    return Fitted(learner, start, start.trust_C, figures, started)
 
 
 def _note(objective: Objective, figures: dict[str, float]) -> None:
@@ -215,7 +226,8 @@ def _train_network(
     evaluate_every: int | None,
     keep_best: bool,
     checkpoint: Checkpoint,
-) -> None:
+) -> list[dict[str, Any]]:
+    """Take the steps, and return the rows that were logged."""
     num_steps = config.optim.num_steps
     assert num_steps is not None, "settle() has decided it"
     log, best = Log(log), Best(learner)
@@ -224,7 +236,7 @@ def _train_network(
         checkpoint.begin({"weights": Weights(learner)})
         learner.eval()
         learner.backbone.refresh_fingerprint()
-        return
+        return log.rows
     if checkpoint.step:
         console.note(f"going on after step {checkpoint.step} of {num_steps}")
     per_epoch = steps_per_epoch(len(indices), config.optim.batch_size)
@@ -233,6 +245,8 @@ def _train_network(
         evaluate_at = set(range(evaluate_every, num_steps, evaluate_every))
     if keep_best:  # else the end is scored anyway
         evaluate_at |= {num_steps}
+    if config.start != "random":  # is what follows any better than the head that is solved in seconds?
+        evaluate_at |= {0}
     checkpoint.parts["best"] = best
     checkpoint.steps_per_epoch = per_epoch
     batches = train_batches(
@@ -275,7 +289,7 @@ def _train_network(
         log({"split": "val", "step": step, "epoch": round(step / per_epoch, 4), "heads": heads})
         shown = ", ".join(f"{head} {figures[dataset.metric]:.1%}" for head, figures in heads.items())
         console.note(f"step {step}/{num_steps}: {METRICS[dataset.metric]} {shown}")
-        if keep_best:
+        if keep_best and step:
             best.offer(heads[learner.objective.default_head][dataset.metric])
 
     loop.fit(
@@ -292,3 +306,4 @@ def _train_network(
     best.put_back()
     checkpoint.finish(num_steps, Weights(learner))
     learner.backbone.refresh_fingerprint()  # other weights, other features: none may be found under the old name
+    return log.rows

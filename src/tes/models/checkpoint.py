@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import pickle
+import re
 import shlex
 import sys
 import warnings
@@ -11,7 +13,9 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -115,11 +119,14 @@ def _read(path: Path) -> tuple[dict[str, Tensor], str | None]:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of TorchScript archives, which are refused below
-            content = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError:
+            with torch.serialization.safe_globals(_plain_values()):
+                content = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as problem:
+        found = re.search(r"GLOBAL ([\w.]+)", str(problem))
+        named = f" (`{found.group(1)}`)" if found else ""
         raise ModelError(
-            f"The checkpoint `{path}` holds Python objects, not only tensors, and was not opened because loading them"
-            " would run code from the file; save its `state_dict()` alone, best as .safetensors."
+            f"The checkpoint `{path}` holds Python objects{named}, not only tensors, and was not opened because loading"
+            " them would run code from the file; save its `state_dict()` alone, best as .safetensors."
         ) from None
     except RuntimeError as problem:
         if "TorchScript" not in str(problem):
@@ -136,6 +143,13 @@ def _read(path: Path) -> tuple[dict[str, Tensor], str | None]:
     except Exception as problem:  # PyTorch's unpickler raises nearly anything on damaged files
         raise ModelError(f"The checkpoint `{path}` is damaged or no PyTorch file: {one_line(problem, 200)}.") from None
     return _unwrap(content, path)
+
+
+def _plain_values() -> list[Any]:
+    """Return what training programs write beside the weights and that runs nothing: settings, and NumPy's numbers."""
+    numpy_dtypes = [getattr(np.dtypes, name) for name in np.dtypes.__all__ if not name.startswith(("Object", "Void"))]
+    scalar = np._core.multiarray.scalar if hasattr(np, "_core") else np.core.multiarray.scalar
+    return [argparse.Namespace, np.dtype, scalar, (scalar, "numpy.core.multiarray.scalar"), *numpy_dtypes]
 
 
 def load_strictly(

@@ -106,7 +106,8 @@ def build(classes: Sequence[ClassInfo], config: TextConfig, centre: bool) -> Tex
     if len(classes) > 1 and np.ptp(rows, axis=0).max() < SMALLEST_NORM:
         raise TextError(
             f"All {len(classes)} classes have the same text (`{classes[0].name}`, `{classes[1].name}`, …), "
-            "so it cannot tell them apart; give names or descriptions with --classes, or train with --objective ce."
+            "so it cannot tell them apart; give names or descriptions (in English, for minilm) with --classes,"
+            " or train with --objective ce."
         )
     mean_row = None
     if centre:

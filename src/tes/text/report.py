@@ -100,6 +100,13 @@ def _obstacles(
     remedy = "Give them different names or descriptions with --classes."
     if not any(entry["prompts"] for entry in report["classes"]):
         remedy = "Give each a row of its own in the file."
+    spelled = [info.name for info in classes if not info.name.isascii()]
+    if spelled and report["encoder"] == "minilm":
+        sentences.append(
+            f"{counted(len(spelled), 'name')} of {len(classes)} {'has' if len(spelled) == 1 else 'have'} letters that"
+            f" English lacks ({listing(spelled, 3)}), and minilm was trained on English text: it may read little or"
+            " nothing in them. Give English names with --classes, or take a multilingual encoder (--text st:ID)."
+        )
     if pairs := report["duplicates"]:
         sentences.append(
             f"{counted(len(pairs), 'pair')} of classes {_have(len(pairs))} one and the same row "
