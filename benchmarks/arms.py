@@ -1,4 +1,4 @@
-"""Arms over seeds on one data set, each a full `tes train`: the figures of LOG.md and README.md.
+"""Arms over seeds on one data set, each a full `tes train`: figures of LOG.md.
 
     uv run python benchmarks/arms.py PHOTOS --arms ce,tes --seeds 10 --set train=head --set data.shots=5
     uv run python benchmarks/arms.py PHOTOS --arms ce,tes --seeds 3 --set train=all \

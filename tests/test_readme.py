@@ -51,6 +51,30 @@ def test_the_python_lines_of_the_readme_run(tmp_path):
 
 
 @pytest.mark.slow
+def test_the_objective_of_the_guide_registers_trains_and_is_refused_where_it_would_do_nothing(tmp_path):
+    guide = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    (code,) = [block for kind, block in re.findall(r"```(\w*)\n(.*?)```", guide, flags=re.DOTALL) if kind == "python"]
+    assert "* ...}" in code
+    program = f"""
+from tes.demo_images import draw_dataset
+import tes
+{code.replace("* ...}", "* out.logits_BC.square().mean()}")}
+tes.register("objectives", "mine")(Mine)
+flags = {{"data.source": str(draw_dataset("photos", images_per_class=4)), "objective": "mine@gentle", "image.size": 32}}
+steps = flags | {{"train": "all", "optim.num_steps": 2, "data.shots": 1, "start": "random"}}
+print(tes.train(tes.load_config(flags=steps)).summary["arm"])
+try:
+    tes.train(tes.load_config(flags=flags | {{"train": "head"}}))
+except tes.TesError as problem:
+    print(problem)
+"""
+    done = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    arm, refused = done.stdout.splitlines()[-2:]
+    assert arm == "mine@gentle+random" and "`mine` trains the backbone; use it with `--train all`" in refused
+
+
+@pytest.mark.slow
 def test_the_default_job_on_real_photos(shared, cli, tmp_path):
     names = "accordion,airplanes,anchor,ant,barrel,bass,beaver,binocular"
     out = tmp_path / "run"

@@ -141,13 +141,13 @@ def test_the_authors_optimiser_and_its_course(recipe, resnet, texts):
     covered = sum(len(group["params"]) for group in optimizer.param_groups)
     assert covered == sum(parameter.requires_grad for parameter in learner.parameters())
     for group in optimizer.param_groups:
-        assert group["lr"] == pytest.approx(10**-2.5, rel=1e-15) and group["weight_decay"] == 1e-5
+        assert group["lr"] == pytest.approx(0.00316, rel=1e-15) and group["weight_decay"] == 1e-5
         assert group["momentum"] == 0.9 and group["nesterov"] and group["dampening"] == 0
     num_steps = 100 * math.ceil(50000 / 256)
     schedule = build_schedule(optimizer, num_steps, recipe.optim.warmup)
     for step in (0, 1, 196, num_steps // 2, num_steps - 1):
-        expected = 10**-2.5 * 0.5 * (1 + math.cos(math.pi * step / num_steps))
-        assert 10**-2.5 * schedule.lr_lambdas[0](step) == pytest.approx(expected, rel=1e-12)
+        expected = 0.00316 * 0.5 * (1 + math.cos(math.pi * step / num_steps))
+        assert 0.00316 * schedule.lr_lambdas[0](step) == pytest.approx(expected, rel=1e-12)
 
 
 def _tiny(resnet):

@@ -44,7 +44,12 @@ def tasks() -> list[dict[str, Any]]:
 
 
 def register(kind: str, name: str) -> Callable[[Any], Any]:
-    """Return a class decorator that adds an objective, a data source or a text encoder under `name`."""
+    """Return a class decorator that adds a part under `name`, for this process alone.
+
+    Args:
+        kind: `objectives`, `sources` or `encoders`.
+        name: As settings and flags call it.
+    """
     return _registry(kind).register(name)
 
 

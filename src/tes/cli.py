@@ -69,6 +69,13 @@ Text = Annotated[
     typer.Option("--text", help="minilm, bert:ID, clip:ID, st:ID, openclip:ID, file:PATH (ID: Hub name or folder)."),
 ]
 BackboneName = Annotated[str | None, typer.Option(help="lite0, a timm name, or package.module:factory.")]
+RunBackbone = Annotated[
+    str | None,
+    typer.Option(
+        help="The run's own module, repeated: package.module:factory is not imported on a folder's word; so is, where"
+        " the pre-trained network is needed, a name whose weights come from the Hub."
+    ),
+]
 Checkpoint = Annotated[
     str | None, typer.Option(metavar="FILE", help="Local weights (.safetensors, .pth), or a run folder.")
 ]
@@ -78,11 +85,13 @@ Size = Annotated[int | None, typer.Option(help="Side of the images in pixels.")]
 Train = Annotated[
     str | None, typer.Option(help="head (solved in seconds), last-N (layers) or all; default: all on a GPU.")
 ]
-LearningRate = Annotated[float | None, typer.Option(help="Learning rate of the backbone.")]
+LearningRate = Annotated[
+    float | None, typer.Option(help="Learning rate of the backbone, and of the head unless that has its own.")
+]
 BatchSize = Annotated[int | None, typer.Option(help="Images per step.")]
 Epochs = Annotated[float | None, typer.Option(help="Passes over the training images.")]
 Precision = Annotated[str | None, typer.Option(help="auto, fp32, bf16.")]
-Arms = Annotated[str, typer.Option(help="NAME[@PRESET][+START], as in ce,tes,tes@paper+random.")]
+Arms = Annotated[str, typer.Option(help=r"NAME\[@PRESET][+START], as in ce,tes,tes@paper+random.")]
 ShotsList = Annotated[str, typer.Option(metavar="K,K,…", help="As in 1,2,4,8,16; `all`; or shares: 15%.")]
 FirstSeed = Annotated[int, typer.Option(help="The first seed.")]
 Controls = Annotated[
@@ -240,7 +249,7 @@ def evaluate(
     ] = None,
     data_root: DataRoot = None,
     partial: Partial = False,
-    backbone: BackboneName = None,
+    backbone: RunBackbone = None,
     as_json: AsJson = False,
     debug: Debug = False,
 ) -> None:
@@ -262,7 +271,7 @@ def evaluate(
 def predict(
     run: RunFolder,
     paths: Annotated[list[Path], typer.Argument(metavar="IMAGE...", help="Image files and folders.")],
-    backbone: BackboneName = None,
+    backbone: RunBackbone = None,
     as_json: AsJson = False,
     debug: Debug = False,
 ) -> None:
@@ -298,7 +307,7 @@ def diagnose(
     text: Annotated[
         str | None, typer.Option("--text", help="Embeds the class names for runs without a text head.")
     ] = None,
-    backbone: BackboneName = None,
+    backbone: RunBackbone = None,
     checkpoint: WhereWeights = None,
     out: Annotated[Path | None, typer.Option(help="Folder for diagnosis.{json,svg}; default: the first run.")] = None,
     as_json: AsJson = False,
@@ -325,7 +334,7 @@ def average(
     run: RunFolder,
     data: WhereData = None,
     data_root: DataRoot = None,
-    backbone: BackboneName = None,
+    backbone: RunBackbone = None,
     checkpoint: WhereWeights = None,
     out: Annotated[str | None, typer.Option(help="The new run; default: runs/<data>-<arm>-averaged-<n>.")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the run in --out.")] = False,
@@ -368,7 +377,7 @@ def verify(
     run: RunFolder,
     data: WhereData = None,
     data_root: DataRoot = None,
-    backbone: BackboneName = None,
+    backbone: RunBackbone = None,
     as_json: AsJson = False,
     debug: Debug = False,
 ) -> None:

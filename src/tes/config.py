@@ -178,14 +178,18 @@ def _is_weight(value: Any) -> bool:
 
 
 class OptimConfig(Settings):
-    """The optimiser and its budget. `head_penalty` alone matters with `train: head`, which is solved, not stepped."""
+    """The optimiser and its budget. With `train: head`, solved and not stepped, `head_penalty` and
+    `class_weights` alone matter."""
 
     name: Literal["adamw", "sgd"] = Field("adamw", description="AdamW, or SGD with Nesterov momentum")
     learning_rate: Annotated[float, Field(gt=0)] | None = Field(
-        None, description="of the backbone; None: by optimiser and family, see settle.py"
+        None,
+        description="of the backbone; None: by optimiser, kind of network, start and images, as `tes train` says",
     )
     head_learning_rate: Annotated[float, Field(gt=0)] | None = Field(
-        None, description="of the vision head and the objective's own parameters; None: as the backbone's"
+        None,
+        description="of the vision head and the objective's own parameters; None: as the backbone's; ten times that"
+        " from a random head with AdamW",
     )
     momentum: Annotated[float, Field(ge=0, lt=1)] = Field(0.9, description="of sgd")
     weight_decay: Annotated[float, Field(ge=0)] = Field(1e-4, description="on weights, not on biases and norms")

@@ -216,6 +216,7 @@ def _train_trial(number: int, settings: dict[str, Any], job: Job, journal: _Jour
         job.train,
         log=log,
         evaluate=evaluate if len(job.choosing) else None,
+        evaluated="test" if on_test else "val",
         keep_best=on_test,
         evaluate_every=looks_every,
         checkpoint=journal.checkpoint(f"trial-{number}"),

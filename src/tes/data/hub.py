@@ -142,8 +142,8 @@ def _require_pyarrow() -> None:
         import pyarrow.parquet  # noqa: F401
     except ImportError:
         raise MissingExtraError(
-            "Hugging Face data sets are read with pyarrow, which is not installed: install tes-vision[hf]"
-            " (`uv sync --extra hf`)."
+            "Hugging Face data sets are read with pyarrow, which is not installed: `uv sync --extra hf`,"
+            " or `pip install -c constraints.txt '.[hf]'` from the clone."
         ) from None
 
 

@@ -86,6 +86,7 @@ def fit(
     log: Callable[[dict[str, Any]], None] = lambda row: None,
     evaluate: Callable[[Learner], dict[str, Any]] | None = None,
     evaluate_every: int | None = None,
+    evaluated: str = "val",
     keep_best: bool = False,
     checkpoint: Checkpoint | None = None,
 ) -> Fitted:
@@ -98,6 +99,7 @@ def fit(
         log: Called with rows for metrics.jsonl.
         evaluate: Scores the learner as it stands, now and then over a training that takes steps.
         evaluate_every: After how many steps; None: after each fifth of them.
+        evaluated: The split that `evaluate` looks at, as the rows name it.
         keep_best: End with the weights that `evaluate` liked best (by the data's metric), not with the last ones.
         checkpoint: Where a training of the whole network is kept, and taken up if some of it is there; None: nowhere.
     """
@@ -130,7 +132,16 @@ def fit(
     figures = {} if features_NF is None else objective.warm_start(features_NF, target_NC)
     _note(objective, figures)
     rows = _train_network(
-        learner, config, dataset, indices, log, evaluate, evaluate_every, keep_best, checkpoint or Checkpoint()
+        learner,
+        config,
+        dataset,
+        indices,
+        log,
+        evaluate,
+        evaluate_every,
+        evaluated,
+        keep_best,
+        checkpoint or Checkpoint(),
     )
     started = next((row["heads"] for row in rows if row["split"] == "val" and row["step"] == 0), None)
     return Fitted(learner, start, start.trust_C, figures, started)
@@ -224,6 +235,7 @@ def _train_network(
     log: Callable[[dict[str, Any]], None],
     evaluate: Callable[[Learner], dict[str, Any]] | None,
     evaluate_every: int | None,
+    evaluated: str,
     keep_best: bool,
     checkpoint: Checkpoint,
 ) -> list[dict[str, Any]]:
@@ -245,7 +257,7 @@ def _train_network(
         evaluate_at = set(range(evaluate_every, num_steps, evaluate_every))
     if keep_best:  # else the end is scored anyway
         evaluate_at |= {num_steps}
-    if config.start != "random":  # is what follows any better than the head that is solved in seconds?
+    elif config.start != "random":  # is what follows any better than the head that is solved in seconds?
         evaluate_at |= {0}
     checkpoint.parts["best"] = best
     checkpoint.steps_per_epoch = per_epoch
@@ -286,10 +298,10 @@ def _train_network(
         assert evaluate is not None
         with checkpoint.stoppable():
             heads = evaluate(learner)
-        log({"split": "val", "step": step, "epoch": round(step / per_epoch, 4), "heads": heads})
+        log({"split": evaluated, "step": step, "epoch": round(step / per_epoch, 4), "heads": heads})
         shown = ", ".join(f"{head} {figures[dataset.metric]:.1%}" for head, figures in heads.items())
         console.note(f"step {step}/{num_steps}: {METRICS[dataset.metric]} {shown}")
-        if keep_best and step:
+        if keep_best:
             best.offer(heads[learner.objective.default_head][dataset.metric])
 
     loop.fit(

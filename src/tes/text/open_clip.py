@@ -99,7 +99,8 @@ class OpenClipEncoder(TextEncoder):
         settings = self.settings
         if importlib.util.find_spec("open_clip") is None:
             raise MissingExtraError(
-                '`--text openclip:…` needs open_clip, which is not installed: pip install "tes-vision[openclip]"'
+                "`--text openclip:…` needs open_clip, which is not installed: `uv sync --extra openclip`, or `pip"
+                " install -c constraints.txt '.[openclip]'` from the clone."
             )
         import torch
 

@@ -103,7 +103,8 @@ class SentenceEncoder(TextEncoder):
         modules = self.modules  # checked before the library is imported
         if importlib.util.find_spec("sentence_transformers") is None:
             raise MissingExtraError(
-                '`--text st:…` needs sentence-transformers, which is not installed: pip install "tes-vision[st]"'
+                "`--text st:…` needs sentence-transformers, which is not installed: `uv sync --extra st`, or `pip"
+                " install -c constraints.txt '.[st]'` from the clone."
             )
         import torch
         from transformers import AutoModel
