@@ -256,6 +256,9 @@ class ImageConfig(Settings):
     crop_fraction: Annotated[float, Field(ge=0.1, le=1)] | None = Field(
         None, description="central share of the image that is kept at test time"
     )
+    fit: Literal["crop", "squash"] | None = Field(
+        None, description="of images that are not square, at test time: crop keeps the middle, squash all, distorted"
+    )
     mean: Triple | None = Field(None, description="of red, green, blue, in 0..1")
     std: tuple[Annotated[float, Field(gt=0)], Annotated[float, Field(gt=0)], Annotated[float, Field(gt=0)]] | None = (
         None

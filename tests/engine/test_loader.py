@@ -202,3 +202,19 @@ def test_a_data_set_that_has_vanished_is_one_sentence(photos, tmp_path, num_work
         batches(dataset, num_workers)
     assert "cannot be read" in str(said.value) or "can be read any more" in str(said.value)
     assert "no such file or directory" in str(said.value) and "\n" not in str(said.value)
+
+
+@pytest.mark.parametrize("fit", ["crop", "squash"])
+def test_an_image_that_is_not_square_loses_its_ends_or_its_proportions(dataset, fit):
+    from PIL import Image
+
+    images = dataclasses.replace(IMAGES, fit=fit)
+    index = int(dataset.indices("test")[0])
+    (batch,) = eval_batches(dataset, np.array([index]), images, compute())
+    photo = dataset.read_image(index)
+    assert photo.size == (48, 40)
+    squashed = photo.resize((32, 32), Image.Resampling.BILINEAR)
+    cropped = photo.resize((38, 32), Image.Resampling.BILINEAR).crop((3, 0, 35, 32))
+    expected, other = (squashed, cropped) if fit == "squash" else (cropped, squashed)
+    found = batch.images_B3HW[0].permute(1, 2, 0).numpy()
+    assert np.array_equal(found, np.asarray(expected)) and not np.array_equal(found, np.asarray(other))

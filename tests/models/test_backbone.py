@@ -19,7 +19,7 @@ from tes.errors import ConfigError, MissingExtraError, ModelError
 from tes.models import bundled
 from tes.models.backbone import Backbone, family_of, hub_names, load_backbone, source_names
 from tes.models.clip import refuse_other_activation
-from tes.models.image_settings import IMAGENET
+from tes.models.image_settings import IMAGENET, ImageSettings, from_timm, resolve
 
 TINY_RESNET = {"name": "resnet18", "kwargs": {"channels": [4, 8, 8, 16], "stem_width": 4}}
 TINY_VIT = {"name": "vit_tiny_patch16_224", "kwargs": {"embed_dim": 24, "depth": 1, "num_heads": 2, "img_size": 32}}
@@ -233,7 +233,7 @@ def test_lite0_is_found_without_importing_its_package_and_knows_imagenet():
 
 def test_lite0_without_its_package_names_the_extra(monkeypatch):
     monkeypatch.setattr(bundled, "PACKAGE", "a_package_that_is_not_there")
-    with pytest.raises(MissingExtraError, match=r"tes-vision\[offline\]"):
+    with pytest.raises(MissingExtraError, match=r"\.\[offline\]"):
         load_backbone(BackboneConfig(), ImageConfig())
 
 
@@ -285,7 +285,6 @@ def test_hub_weights_that_need_quickgelu_are_not_read_into_gelu():
 
 
 def _settings():
-    from tes.models.image_settings import ImageSettings
 
     return ImageSettings(16, 1.0, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5), "bilinear")
 
@@ -335,3 +334,17 @@ def test_a_moco_checkpoint_gives_its_query_encoder_and_names_what_is_set_aside(t
     with torch.no_grad():
         assert torch.allclose(loaded.eval()(images), plain.eval()(images), atol=1e-5)
     assert loaded.source_head is None and any("fc.0.weight" in note for note in loaded.notes)
+
+
+def test_how_an_image_is_fitted_comes_from_timm_or_open_clip_and_old_files_mean_crop():
+    assert [from_timm({"crop_mode": mode})["fit"] for mode in ("center", "squash", "border")] == [
+        "crop",
+        "squash",
+        None,
+    ]
+    assert from_timm({"resize_mode": "squash"})["fit"] == "squash" and from_timm({})["fit"] is None
+    values = {"size": 32, "crop_fraction": 1.0, "mean": [0.5] * 3, "std": [0.5] * 3, "interpolation": "bilinear"}
+    assert ImageSettings.from_dict(values).fit == "crop"
+    settings, origin = resolve(ImageConfig(), [("timm", from_timm(values | {"crop_mode": "squash"}))])
+    assert settings.fit == "squash" and origin["fit"] == "timm"
+    assert ImageSettings.from_dict(settings.to_dict()) == settings

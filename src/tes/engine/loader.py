@@ -55,13 +55,13 @@ class Batch:
 
 
 def eval_transform(images: ImageSettings) -> Callable[[Image.Image], Tensor]:
-    """Return resize (short side = size / crop_fraction), centre crop, uint8 tensor (3, H, W)."""
+    """Return resize (the short side, or with `squash` both, to size / crop_fraction), centre crop, uint8 (3, H, W)."""
     from torchvision.transforms import v2
 
-    short_side = round(images.size / images.crop_fraction)
+    side = round(images.size / images.crop_fraction)
     return v2.Compose(
         [
-            v2.Resize(short_side, interpolation=_mode(images), antialias=True),
+            v2.Resize((side, side) if images.fit == "squash" else side, interpolation=_mode(images), antialias=True),
             v2.CenterCrop(images.size),
             v2.PILToTensor(),
         ]

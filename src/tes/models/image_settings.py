@@ -13,18 +13,25 @@ from pydantic import ValidationError
 from tes.config import ImageConfig
 from tes.errors import ModelError
 
+FITS = {"center": "crop", "squash": "squash", "shortest": "crop"}
+"""timm's `crop_mode` and open_clip's `resize_mode`, as far as there is the same here."""
 IMAGENET = {"size": 224, "crop_fraction": 1.0, "mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
 
 
 @dataclass(frozen=True)
 class ImageSettings:
-    """`size` in pixels, `crop_fraction` of the image kept at test time, `mean` and `std` of RGB in 0..1."""
+    """`size` in pixels, `crop_fraction` of the image kept at test time, `mean` and `std` of RGB in 0..1.
+
+    `fit` says what becomes of an image that is not square, at test time: `crop` keeps the middle of its longer side,
+    `squash` all of it, out of proportion.
+    """
 
     size: int
     crop_fraction: float
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
     interpolation: str
+    fit: str = "crop"
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain values for `preprocess.json`."""
@@ -34,7 +41,8 @@ class ImageSettings:
     def from_dict(values: Mapping[str, Any]) -> ImageSettings:
         """Read `preprocess.json`'s values; anything missing or of the wrong kind is a ModelError."""
         try:
-            known = {field.name: values[field.name] for field in fields(ImageSettings)}
+            known = {field.name: values[field.name] for field in fields(ImageSettings) if field.name != "fit"}
+            known["fit"] = values.get("fit", "crop")  # files of the first days do not say
             if absent := [name for name, value in known.items() if value is None]:
                 raise KeyError(absent[0])
             checked = ImageConfig.model_validate(known)
@@ -62,7 +70,7 @@ def resolve(config: ImageConfig, sources: list[tuple[str, Mapping[str, Any]]]) -
     chosen: dict[str, Any] = {}
     origin: dict[str, str] = {}
     ordered = [("your setting", {k: v for k, v in config.model_dump().items() if v is not None}), *sources]
-    ordered.append(("*assumed*, the weights do not say", IMAGENET | {"interpolation": "bilinear"}))
+    ordered.append(("*assumed*, the weights do not say", IMAGENET | {"interpolation": "bilinear", "fit": "crop"}))
     for field in fields(ImageSettings):
         for where, values in ordered:
             if values.get(field.name) is not None:
@@ -99,7 +107,7 @@ def beside_weights(checkpoint: Path) -> list[tuple[str, dict[str, Any]]]:
 
 
 def from_timm(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Translate timm's names (`input_size`, `crop_pct`) to ours; what is absent stays absent."""
+    """Translate timm's names (`input_size`, `crop_pct`, `crop_mode`) to ours; what is absent stays absent."""
     size = values.get("size", values.get("input_size"))
     if isinstance(size, (list, tuple)) and size:
         size = size[-1]
@@ -109,6 +117,7 @@ def from_timm(values: Mapping[str, Any]) -> dict[str, Any]:
         "mean": values.get("mean"),
         "std": values.get("std"),
         "interpolation": values.get("interpolation"),
+        "fit": values.get("fit", FITS.get(str(values.get("crop_mode", values.get("resize_mode"))))),
     }
 
 
