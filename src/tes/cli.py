@@ -249,6 +249,12 @@ def evaluate(
     ] = None,
     data_root: DataRoot = None,
     partial: Partial = False,
+    ignore_unknown: Annotated[
+        bool, typer.Option("--ignore-unknown", help="Leave out images of --data whose class the model does not know.")
+    ] = False,
+    out: Annotated[
+        Path | None, typer.Option(help="A folder for predictions.npz, per_class.csv and confusion.csv.")
+    ] = None,
     backbone: RunBackbone = None,
     as_json: AsJson = False,
     debug: Debug = False,
@@ -256,7 +262,16 @@ def evaluate(
     """Print a run's metrics: of its saved predictions, or on another labelled data set."""
     from tes.verbs.evaluate import evaluate as evaluate_run
 
-    result = evaluate_run(run, split, data_source=data, data_root=data_root, partial=partial, backbone=backbone)
+    result = evaluate_run(
+        run,
+        split,
+        data_source=data,
+        data_root=data_root,
+        partial=partial,
+        backbone=backbone,
+        ignore_unknown=ignore_unknown,
+        out=out,
+    )
     if as_json:
         print(json.dumps(result, ensure_ascii=False))
     else:

@@ -281,6 +281,15 @@ def test_other_data_with_classes_that_the_model_does_not_know_are_refused(photos
         data.load_labelled(str(root), derive_classes(["cat", "dog"]))
 
 
+def test_other_data_with_unknown_classes_are_scored_without_them_on_request(photos):
+    root = photos("other", cat=2, zebra=3)
+    dataset = data.load_labelled(str(root), derive_classes(["cat", "dog"]), ignore_unknown=True)
+    assert dataset.labels.tolist() == [0, 0]
+    assert "Left out 3 images of the class `zebra`, which the model does not know." in dataset.notes
+    with pytest.raises(DataError, match="does not know"):  # of nothing there is no score
+        data.load_labelled(str(photos("none", zebra=1)), derive_classes(["cat", "dog"]), ignore_unknown=True)
+
+
 def test_copies_across_splits_and_classes_are_found(photos):
     root = photos(cat=4, dog=4)
     shutil.copy(root / "cat" / "000.jpg", root / "cat" / "copy.jpg")

@@ -81,6 +81,20 @@ def test_evaluate_on_other_data_matches_classes_by_name(cli, run, photos, tmp_pa
     shutil.copytree(photos / "red_square", other / "purple_square")
     code, out, err = cli("evaluate", run, "--data", other, "--json")
     assert code == 2 and out == "" and "purple_square" in err
+    code, out, err = cli("evaluate", run, "--data", other, "--ignore-unknown", "--json", "--out", tmp_path / "scores")
+    again = json.loads(out)
+    assert code == 0 and again["heads"] == result["heads"] and "Left out 12 images" in again["notes"][-1], err
+    table = list(csv.DictReader((tmp_path / "scores" / "confusion.csv").open()))
+    assert sum(int(row["num_images"]) for row in table) == 24
+    right = sum(int(row["num_images"]) for row in table if row["label"] == row["predicted"])
+    assert right / 24 == pytest.approx(again["heads"]["vision"]["top1"])
+    with np.load(tmp_path / "scores" / "predictions.npz") as saved:
+        assert len(saved["paths"]) == 24
+    assert len(list(csv.DictReader((tmp_path / "scores" / "per_class.csv").open()))) == 3
+    code, _, err = cli("evaluate", run, "--data", other, "--ignore-unknown", "--out", other / "scores")
+    assert code == 2 and "among the images" in err
+    code, _, err = cli("evaluate", run, "--out", photos / "red_square" / "00.png")
+    assert code == 2 and "cannot be written" in err
 
 
 def test_predict_from_another_folder_takes_files_and_folders(cli, run, photos, tmp_path, monkeypatch):

@@ -217,13 +217,27 @@ def load_classes(config: DataConfig) -> tuple[list[ClassInfo], Source]:
     return _samples_and_classes(source, config)[1], source
 
 
-def load_labelled(ref: str, classes: Sequence[ClassInfo], root: str | None = None, partial: bool = False) -> Dataset:
+def load_labelled(
+    ref: str,
+    classes: Sequence[ClassInfo],
+    root: str | None = None,
+    partial: bool = False,
+    *,
+    ignore_unknown: bool = False,
+) -> Dataset:
     """Open another data set for a model that knows `classes`; every image is in the split `test`.
 
     Its classes are matched by label, else by readable name; it need not have all of them.
 
+    Args:
+        ref: As for `open_source`.
+        classes: Of the model.
+        root: Where tasks' data sets are.
+        partial: Accept a part of a task's official list.
+        ignore_unknown: Leave out images of classes that the model does not know.
+
     Raises:
-        DataError: It has classes that the model does not know.
+        DataError: It has classes that the model does not know, and these are not ignored, or all are.
     """
     source = open_source(ref, root, partial)
     index = NameIndex({info.label: [info.name] for info in classes})
@@ -235,11 +249,20 @@ def load_labelled(ref: str, classes: Sequence[ClassInfo], root: str | None = Non
             known[label] = found[0]
         else:
             unknown.append(label)
-    if unknown:
+    if unknown and not (ignore_unknown and known):
         named = listing([index.describe_unknown(label) for label in unknown])
-        raise DataError(f"The model does not know these classes of `{ref}`: {named}; rename them, or leave them out.")
-    samples = [dataclasses.replace(sample, label=known[sample.label]) for sample in _by_path(source)]
+        raise DataError(
+            f"The model does not know these classes of `{ref}`: {named}; rename them, or leave them out"
+            " (--ignore-unknown)."
+        )
+    kept = [sample for sample in _by_path(source) if sample.label in known]
+    samples = [dataclasses.replace(sample, label=known[sample.label]) for sample in kept]
     notes = list(source.notes)
+    if unknown:
+        notes.append(
+            f"Left out {counted(len(source.samples) - len(kept), 'image')} of {_classes(unknown)}, which the model does"
+            " not know."
+        )
     if any(sample.split for sample in samples):
         notes.append(f"Scored all splits of `{source.name}` together.")
     dataset = _readable(source, samples, list(classes), None, notes)
