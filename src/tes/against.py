@@ -34,7 +34,7 @@ def against_ce(
     # Settled anew: `ce` from a probe has learning rates, and a weight decay, of its own.
     asked, given, loaded = job.asked, job.given, job.loaded
     own = {key: _default(key) for key, value in asked.objective.defaults.items() if asked.value(key) == value}
-    plain = asked.replace({"objective": {"name": "ce"}, "start": "probe"} | own)
+    plain = asked.replace({"objective": {"name": "ce"}, "start": "probe", "start_fallback": "none"} | own)
     plain = settle(plain, job.dataset, loaded.backbone, objectives.get("ce"), loaded.source_text, len(job.train)).config
     other = fit(plain, replace(given, prior=None), job.train, log=log, checkpoint=checkpoint).learner
     ours, theirs = in_common([predict(which, job.dataset, job.choosing, job.frozen) for which in (learner, other)])

@@ -43,6 +43,11 @@ def model_card(classes: list[ClassInfo], summary: dict[str, Any], seed: int, cit
         lines.append(
             f"The shipped weights were trained once more on {_code(refit)}; the figures are those before this refit."
         )
+    if summary.get("shipped") == "start":
+        lines.append(
+            "On val the steps did not beat the head that they started from: the figures are those of that head on the"
+            " pre-trained backbone, which are shipped."
+        )
     if "averaged" in summary:
         alpha = summary["averaged"]["alpha"]
         lines.append(f"These weights are {alpha:g} of the run's and {1 - alpha:g} of its start's, chosen on val.")

@@ -335,6 +335,9 @@ class Config(Settings):
         description="head; all; last-N: the last N layers of the backbone and the head; auto: all on an accelerator,"
         " else head",
     )
+    start_fallback: Literal["none", "val"] = Field(
+        "none", description="val: ship the head that steps started from where they do not beat it on val"
+    )
     optim: OptimConfig = OptimConfig()
     image: ImageConfig = ImageConfig()
     augment: AugmentConfig = AugmentConfig()

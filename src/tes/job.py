@@ -268,10 +268,12 @@ def _say_what_steps_did(job: Job, fitted: Fitted, metrics: dict[str, dict[str, A
     if fitted.started is None or job.protocol != VAL_SELECTED or "val" not in metrics:
         return
     head, metric = fitted.learner.objective.default_head, job.dataset.metric
-    before, after = (figures[head][metric] for figures in (fitted.started, metrics["val"]))
+    before, after = (figures[head][metric] for figures in (fitted.started, fitted.ended or metrics["val"]))
     moved = f"on val from {before:.1%} (the head that it started from) to {after:.1%} {METRICS[metric]}"
-    if before - after > math.sqrt(before * (1 - before) / len(job.choosing)):
-        console.warn(f"the steps took it down, {moved}: try a lower --lr, or --train head")
+    if job.config.start_fallback == "val" and before >= after:
+        console.warn(f"the steps took it {moved}: the start is shipped, as `start_fallback` says")
+    elif before - after > math.sqrt(before * (1 - before) / len(job.choosing)):
+        console.warn(f"the steps took it down, {moved}: try a lower --lr, --train head, or --set start_fallback=val")
     else:
         console.note(f"the steps took it {moved}")
 
@@ -312,6 +314,12 @@ def _summary(job: Job, fitted: Fitted, shipped: Fitted, metrics: dict[str, Any])
     }
     if dataset.lost:
         summary["lost"] = [{"path": dataset.paths[index], "reason": why} for index, why in sorted(dataset.lost.items())]
+    if config.start_fallback == "val":
+        assert fitted.started is not None and fitted.ended is not None, "both were looked at"
+        head = fitted.learner.objective.default_head
+        before, after = (figures[head][dataset.metric] for figures in (fitted.started, fitted.ended))
+        summary["shipped"] = "trained" if after > before else "start"
+        summary["start_fallback"] = {"start": fitted.started, "trained": fitted.ended}
     if fitted.trust_C is not None:
         summary["prior"] = {
             "form": config.prior.form,

@@ -16,6 +16,7 @@ from tes.data.dataset import Dataset
 from tes.data.splits import find_units
 from tes.engine.features import FrozenFeatures
 from tes.engine.fit import Given
+from tes.errors import ConfigError
 from tes.files import sha256_text
 from tes.loaded import Loaded
 from tes.objectives import objectives
@@ -175,6 +176,9 @@ def prepare(
     asked, config = config, settled.config
     if begun_in is not None:
         resume.refuse_other(config, begun_in)
+    choosing = protocol.choosing(dataset)
+    if config.start_fallback == "val" and not len(choosing):
+        raise ConfigError("`start_fallback: val` needs validation images, and this draw leaves none; leave it out.")
     has_prior = config.start in PRIOR_STARTS
     class_text = None
     if "class_text" in objective_class.needs or has_prior:
@@ -198,7 +202,7 @@ def prepare(
         sources=loaded.nearest() if has_prior else None,
         protocol=protocol,
         train=train,
-        choosing=protocol.choosing(dataset),
+        choosing=choosing,
     )
 
 

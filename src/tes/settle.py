@@ -36,6 +36,7 @@ STEPPED = {
     "optim.layer_decay": (None, 1),
     "optim.ema": (None,),
     "optim.sampling": ("uniform",),
+    "start_fallback": ("none",),
 }
 """Options of a training that takes steps, each with the values that switch it off: refused where a head is solved."""
 
@@ -77,6 +78,13 @@ def check_needs(config: Config, objective_class: type[Objective]) -> None:
         raise ConfigError(
             f"The objective `{config.objective.name}` looks at a batch as a whole; leave `optim.accumulate` at 1 (a"
             " smaller optim.batch_size saves memory as well)."
+        )
+    if config.start_fallback == "val" and config.start == "random":
+        raise ConfigError("`start_fallback: val` would ship a random head; leave it out, or choose another --start.")
+    if config.start_fallback == "val" and config.refit in ("trainval", "all"):
+        raise ConfigError(
+            f"`start_fallback: val` chooses on val between what was trained and its start, and `refit: {config.refit}`"
+            " would train on val; give one of them."
         )
     if config.train != "head":
         return

@@ -257,7 +257,9 @@ def test_a_setting_of_an_objective_goes_to_the_arms_that_have_it(begin):
 
 
 @pytest.mark.parametrize(
-    "assignment", ["seed=5", "data.shots=4", "data.fraction=0.5", "objective=ce", "start=probe+prior", "refit=all"]
+    "assignment",
+    ["seed=5", "data.shots=4", "data.fraction=0.5", "objective=ce", "start=probe+prior", "refit=all"]
+    + ["start_fallback=val"],
 )
 def test_what_a_comparison_varies_cannot_be_set_from_outside(begin, tmp_path, assignment):
     with pytest.raises(ConfigError, match="a comparison decides it itself"):
@@ -266,7 +268,12 @@ def test_what_a_comparison_varies_cannot_be_set_from_outside(begin, tmp_path, as
     *rooms, name = key.split(".")
     file = tmp_path / "settings.yaml"
     file.write_text(f"{rooms[0]}:\n  {name}: {value}\n" if rooms else f"{name}: {value}\n")
-    if key in ("data.shots", "data.fraction", "start"):  # the others are flags of each cell, which override a file
+    if key in (
+        "data.shots",
+        "data.fraction",
+        "start",
+        "start_fallback",
+    ):  # the others are flags of each cell, which override a file
         with pytest.raises(ConfigError, match="a comparison decides it itself"):
             begin(("ce", "tes"), shots=("all",), file=file)
 

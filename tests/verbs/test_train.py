@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import itertools
 import json
 import shutil
 from pathlib import Path
@@ -110,6 +111,52 @@ def test_a_training_says_how_far_its_steps_took_it_from_the_head_that_it_started
     shown = f"on val from {before:.1%} (the head that it started from) to {after:.1%} mean per class"
     said = capsys.readouterr().err
     assert f"the steps took it {'down, ' if rate == 0.3 else ''}{shown}" in said and (rate != 0.3 or after < before)
+
+
+def test_the_start_is_shipped_on_request_where_the_steps_do_not_beat_it(settings, resnet, capsys):
+    steps = {"train": "all", "optim__num_steps": 5, "optim__learning_rate": 0.3, "data__shots": 4}
+    run = tes.train(settings(objective="tes", start_fallback="val", **steps))
+    assert run.summary["shipped"] == "start" and "the start is shipped" in capsys.readouterr().err
+    looks = run.summary["start_fallback"]
+    assert looks["start"]["vision"]["mean_per_class"] > looks["trained"]["vision"]["mean_per_class"]
+    assert run.metrics["val"]["vision"]["nll"] == pytest.approx(looks["start"]["vision"]["nll"], abs=1e-5)
+    saved, start = load_file(run.path / "model.safetensors"), load_file(run.path / "start_head.safetensors")
+    assert torch.equal(saved["head.weight"], start["weight"])
+    before = load_file(resnet["backbone.checkpoint"])["layer1.0.conv1.weight"]
+    assert torch.equal(saved["backbone.layer1.0.conv1.weight"], before)
+    assert "did not beat the head" in (run.path / "README.md").read_text()
+    assert tes.verify(run, data_source=run.settings["data"]["source"])["holds"]
+
+
+def test_what_was_trained_is_shipped_where_it_beats_its_start(settings, monkeypatch):
+    from tes import job
+
+    looks, score = itertools.count(1), job.evaluate_split
+
+    def rising(*given):
+        heads = score(*given)
+        heads["vision"]["mean_per_class"] = next(looks) / 100
+        return heads
+
+    monkeypatch.setattr(job, "evaluate_split", rising)
+    steps = {"train": "all", "optim__num_steps": 5, "optim__learning_rate": 0.01, "data__shots": 4}
+    run = tes.train(settings(objective="ce", start_fallback="val", **steps))
+    assert run.summary["shipped"] == "trained"
+    saved, start = load_file(run.path / "model.safetensors"), load_file(run.path / "start_head.safetensors")
+    assert not torch.equal(saved["head.weight"], start["weight"])
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        ({"train": "head"}, "changes nothing with `train: head`"),
+        ({"train": "all", "start": "random"}, "would ship a random head"),
+        ({"train": "all", "refit": "trainval"}, "would train on val"),
+    ],
+)
+def test_a_fallback_that_makes_no_sense_is_refused(settings, flags, words):
+    with pytest.raises(ConfigError, match=words):
+        tes.train(settings(objective="ce", start_fallback="val", **flags))
 
 
 def test_equal_training_gives_equal_bytes(settings, tmp_path):

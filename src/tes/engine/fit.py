@@ -62,6 +62,7 @@ class Fitted:
         figures: From the way.
         started: What `evaluate` said of the solved head that steps started from; None where none were taken, or from a
             random one.
+        ended: What it said of the last step's outcome, where that was asked for.
     """
 
     learner: Learner
@@ -69,6 +70,7 @@ class Fitted:
     trust_C: Tensor | None = None
     figures: dict[str, float] = field(default_factory=dict)
     started: dict[str, Any] | None = None
+    ended: dict[str, Any] | None = None
 
 
 def head_problem(config: Config, prior: Prior | None, class_weight_C: Tensor | None = None) -> HeadProblem:
@@ -143,8 +145,8 @@ def fit(
         keep_best,
         checkpoint or Checkpoint(),
     )
-    started = next((row["heads"] for row in rows if row["split"] == "val" and row["step"] == 0), None)
-    return Fitted(learner, start, start.trust_C, figures, started)
+    looks = {row["step"]: row["heads"] for row in rows if row["split"] == "val"}
+    return Fitted(learner, start, start.trust_C, figures, looks.get(0), looks.get(config.optim.num_steps))
 
 
 def _note(objective: Objective, figures: dict[str, float]) -> None:
@@ -259,6 +261,9 @@ def _train_network(
         evaluate_at |= {num_steps}
     elif config.start != "random":  # is what follows any better than the head that is solved in seconds?
         evaluate_at |= {0}
+    falls_back = config.start_fallback == "val" and evaluate is not None
+    if falls_back:
+        evaluate_at |= {0, num_steps}
     checkpoint.parts["best"] = best
     checkpoint.steps_per_epoch = per_epoch
     batches = train_batches(
@@ -301,7 +306,7 @@ def _train_network(
         log({"split": evaluated, "step": step, "epoch": round(step / per_epoch, 4), "heads": heads})
         shown = ", ".join(f"{head} {figures[dataset.metric]:.1%}" for head, figures in heads.items())
         console.note(f"step {step}/{num_steps}: {METRICS[dataset.metric]} {shown}")
-        if keep_best:
+        if keep_best or (falls_back and step in (0, num_steps)):
             best.offer(heads[learner.objective.default_head][dataset.metric])
 
     loop.fit(

@@ -49,6 +49,10 @@ ALPHAS = (1.0, *(round(0.1 * step, 1) for step in range(10)))
 """The run itself first: it is what is kept where nothing is better."""
 MAX_NORM_IMAGES = 2048
 """Training images that batch-norm statistics are estimated on: more move them by less than one percent."""
+OF_THE_RUN_ALONE = frozenset(
+    {"shared", "against", "trials", "selected_trial", "averaged", "files", "shipped", "start_fallback"}
+)
+"""What run.json says of the run's own weights, and does not hold for averaged ones."""
 MODELS = ("model.safetensors", "head.safetensors")
 CITATION = "Wortsman et al.: Robust fine-tuning of zero-shot models (WiSE-FT). CVPR 2022"
 
@@ -273,12 +277,7 @@ def _write(it: Reopened, folder: Path, settings: dict[str, Any], averaged: dict[
             )
     run_writer.write_thumbnails(folder / "thumbnails", dataset, worth_showing(said, "vision"))
     run_writer.write_model(folder, Fitted(learner, Solution(it.start_head)), it.text, None)
-    # What was said of the run's own weights does not hold for these.
-    kept = {
-        key: value
-        for key, value in run.summary.items()
-        if key not in ("shared", "against", "trials", "selected_trial", "averaged", "files")
-    }
+    kept = {key: value for key, value in run.summary.items() if key not in OF_THE_RUN_ALONE}
     summary = kept | {"metrics": metrics, "averaged": averaged}
     seed = int(settings.get("seed") or 0)
     write_atomic(folder / "README.md", model_card(dataset.classes, summary, seed, CITATION))

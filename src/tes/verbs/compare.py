@@ -62,12 +62,13 @@ class Settings:
             "objective": ((config.objective.name, config.objective.preset), (name, preset or None)),
             "start": (config.start, own["start"]),
             "refit": (config.refit, "none"),
+            "start_fallback": (config.start_fallback, "none"),
         }
         for key, (given, wanted) in varied.items():
             if given != wanted:
                 raise ConfigError(
-                    f"`{key}` is set by --set or --config, but a comparison decides it itself: use --arms, --shots,"
-                    " --seed and --seeds."
+                    f"`{key}` is set by --set or --config, but a comparison decides it itself: leave it out, or use"
+                    " --arms, --shots, --seed and --seeds."
                 )
         return config
 

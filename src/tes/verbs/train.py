@@ -110,6 +110,8 @@ def _under(protocol: str, config: Config, against: bool | None) -> Config:
         return config
     if config.refit not in ("auto", "none"):
         raise ConfigError(f"--protocol paper trains on val already; leave `refit: {config.refit}` out.")
+    if config.start_fallback != "none":
+        raise ConfigError("--protocol paper leaves no val to choose on; leave `start_fallback` out.")
     if against:
         raise ConfigError("--protocol paper leaves no val to compare on; leave --against out, or use `tes compare`.")
     return config.replace({"refit": "none"})
