@@ -266,7 +266,7 @@ def test_a_setting_of_an_objective_goes_to_the_arms_that_have_it(begin):
         "start=probe+prior",
         "refit=all",
         "start_fallback=val",
-    ],  # fmt: skip
+    ],
 )
 def test_what_a_comparison_varies_cannot_be_set_from_outside(begin, tmp_path, assignment):
     with pytest.raises(ConfigError, match="a comparison decides it itself"):
