@@ -370,36 +370,36 @@ def test_sentences(made, options, expected):
     assert sentence(TEXT, made, **options) == expected
 
 
-RANDOM = "`tes@random-text`"
+RANDOM, PERMUTED = "`tes@random-text`", "the start `ce+probe+permuted`"
+LESS = {"mean": 0.008, "low": 0.003, "high": 0.013}
+EQUAL = {"mean": 0.005, "low": -0.01, "high": 0.02}
 
 
 @pytest.mark.parametrize(
     ("figures", "clause"),
     [
-        (
-            {"mean": 0.008, "low": 0.003, "high": 0.013},
-            "the names' meaning counts: `tes@random-text` does less (+0.8, 95 % CI 0.3 to 1.3)",
-        ),
-        (
-            {"mean": 0.005, "low": -0.01, "high": 0.02},
-            "the names' meaning is not shown to count: `tes@random-text` does as well (+0.5, 95 % CI -1.0 to 2.0)",
-        ),
-        (
-            {"mean": -0.005, "low": -0.009, "high": -0.001},
-            "the names' meaning is not shown to count: `tes@random-text` does more (-0.5, 95 % CI -0.9 to -0.1)",
-        ),
+        (LESS, "the names' meaning counts, against `tes@random-text` (+0.8, 95 % CI 0.3 to 1.3)"),
+        (EQUAL, "the names' meaning is not shown to count, against `tes@random-text` (+0.5, 95 % CI -1.0 to 2.0)"),
         (
             {**ONE_RUN, "mean": 0.008, "bootstrap_low": 0.001, "bootstrap_high": 0.02},
-            "the names' meaning counts: `tes@random-text` does less (+0.8, 95 % CI 0.1 to 2.0)",
+            "the names' meaning counts, against `tes@random-text` (+0.8, 95 % CI 0.1 to 2.0)",
         ),
         (
             {**ONE_RUN, "mean": 0.008, "bootstrap_low": None, "bootstrap_high": None},
-            "+0.8 against `tes@random-text`, one run: whether the names' meaning counts cannot be told",
+            "whether the names' meaning counts cannot be told from `tes@random-text` (+0.8, one run)",
         ),
     ],
 )
 def test_what_helped_is_held_against_its_controls(figures, clause):
     assert sentence(TEXT, effect(), controls={RANDOM: effect(**figures)}).endswith(f", 10 seeds); {clause}")
+
+
+def test_controls_that_say_the_same_share_a_clause():
+    same = sentence(TEXT, effect(), controls={RANDOM: effect(**LESS), PERMUTED: effect(**LESS)})
+    assert same.count("the names' meaning counts, against") == 1 and " and the start `ce+probe+permuted` (+0.8" in same
+    mixed = sentence(TEXT, effect(), controls={RANDOM: effect(**EQUAL), PERMUTED: effect(**LESS)})
+    assert "not shown to count, against `tes@random-text`" in mixed
+    assert "meaning counts, against the start `ce+probe+permuted`" in mixed
 
 
 def test_what_did_not_help_is_not_explained():

@@ -333,7 +333,7 @@ def sentence(
         parts = [f"{_points(share)} of it from {first}", *(f"{_points(share)} from {part}" for part, share in rest)]
         clauses.append(", ".join(parts))
     if controls and effect.verdict == "helped":
-        clauses += [_against_control(name, difference) for name, difference in controls.items()]
+        clauses += _against_controls(controls)
     if effect.has_too_few_seeds:
         verb = "is" if effect.num_seeds == 1 else "are"
         clauses.append(f"{seeds} {verb} too few to judge, run it with `--seeds {ADVISED_SEEDS}`")
@@ -350,15 +350,24 @@ def sentence(
     return "; ".join(clauses)
 
 
-def _against_control(name: str, difference: Effect) -> str:
-    has_t = difference.low is not None and difference.high is not None
-    low, high = (difference.low, difference.high) if has_t else (difference.bootstrap_low, difference.bootstrap_high)
-    if low is None or high is None:
-        return f"{_points(difference.mean)} against {name}, one run: whether the names' meaning counts cannot be told"
-    shown = f"{_points(difference.mean)}, 95 % CI {_range((low, high))}"
-    if low > 0:
-        return f"the names' meaning counts: {name} does less ({shown})"
-    return f"the names' meaning is not shown to count: {name} does {'more' if high < 0 else 'as well'} ({shown})"
+def _against_controls(controls: Mapping[str, Effect]) -> list[str]:
+    """Say whether more helped than what each control leaves; one clause for those that say the same."""
+    said: dict[str, list[str]] = {}
+    for name, difference in controls.items():
+        over_seeds = (difference.low, difference.high)
+        low, high = over_seeds if None not in over_seeds else (difference.bootstrap_low, difference.bootstrap_high)
+        if low is None or high is None:
+            meaning, shown = (
+                "whether the names' meaning counts cannot be told from",
+                f"{_points(difference.mean)}, one run",
+            )
+        else:
+            meaning = (
+                "the names' meaning counts, against" if low > 0 else "the names' meaning is not shown to count, against"
+            )
+            shown = f"{_points(difference.mean)}, 95 % CI {_range((low, high))}"
+        said.setdefault(meaning, []).append(f"{name} ({shown})")
+    return [f"{meaning} {' and '.join(names)}" for meaning, names in said.items()]
 
 
 def judged(low: float, high: float) -> str:
