@@ -1,5 +1,7 @@
 """How often the interval over images calls two equally good arms different: the 95 % interval should in 5 % of cases.
 
+One cell, all of its images; in the last cases ten seeds that scored some of 20 classes of 9 images each.
+
     python benchmarks/coverage.py [--repeats 1000] [--seed 0]
 
 Each image has a chance of its own to be answered rightly, the same for both arms, from Beta(2, 2).
@@ -24,7 +26,19 @@ CASES = {
     "one class of 1, 5 of 20": [1] + [20] * 5,
     "10 classes of 20": [20] * 10,
     "2 classes of 10": [10] * 2,
+    "1 of 9, from 10 seeds": [9] * 20,
+    "2 of 9, from 10 seeds": [9] * 20,
+    "4 of 9, from 10 seeds": [9] * 20,
 }
+SCORED = {"1 of 9, from 10 seeds": 1, "2 of 9, from 10 seeds": 2, "4 of 9, from 10 seeds": 4}
+
+
+def _some(rng: np.random.Generator, sizes: list[int], number: int) -> np.ndarray:
+    """Return which images a seed scores: `number` of each class."""
+    starts = np.cumsum([0, *sizes[:-1]])
+    return np.concatenate(
+        [start + rng.choice(size, number, replace=False) for start, size in zip(starts, sizes, strict=True)]
+    )
 
 
 def main() -> None:
@@ -40,8 +54,14 @@ def main() -> None:
         wrong = 0
         for _ in range(arguments.repeats):
             chance = rng.beta(2, 2, len(labels))
-            arm, ce = (Answers(paths, labels, rng.random(len(labels)) < chance) for _ in range(2))
-            interval = bootstrap_images([(arm, ce)], num_resamples=1000)
+            arms = [rng.random(len(labels)) < chance for _ in range(2)]
+            parts = [np.arange(len(labels))]
+            if (num_scored := SCORED.get(name)) is not None:
+                parts = [_some(rng, sizes, num_scored) for _ in range(10)]
+            cells = [
+                tuple(Answers([paths[i] for i in part], labels[part], arm[part]) for arm in arms) for part in parts
+            ]
+            interval = bootstrap_images(cells, num_resamples=1000)
             assert interval is not None, "every case has images enough"
             wrong += interval[0] > 0 or interval[1] < 0
         print(f"| {name} | {100 * wrong / arguments.repeats:.1f} |", flush=True)

@@ -165,3 +165,5 @@ def test_one_class_may_be_written_alone_and_labels_that_are_numbers_as_numbers()
     flags = {"data.source": "photos"}
     assert load_config(flags=flags, assignments=["data.only_classes=cat"]).data.only_classes == ("cat",)
     assert load_config(flags=flags, assignments=["data.only_classes=[1, b]"]).data.only_classes == ("1", "b")
+    with pytest.raises(ConfigError, match="only_classes"):  # YAML has made another word of it
+        load_config(flags=flags, assignments=["data.only_classes=[yes, b]"])

@@ -72,8 +72,8 @@ BackboneName = Annotated[str | None, typer.Option(help="lite0, a timm name, or p
 RunBackbone = Annotated[
     str | None,
     typer.Option(
-        help="The run's own module, repeated: package.module:factory is not imported on a folder's word; so is, where"
-        " the pre-trained network is needed, a name whose weights come from the Hub."
+        help="The run's own module, repeated: package.module:factory is not imported on a folder's word. Nor are"
+        " weights fetched from the Hub: where the pre-trained network is needed, repeat its name."
     ),
 ]
 Checkpoint = Annotated[
@@ -755,7 +755,7 @@ def _comparison(settings: Any, config: Path | None, assignments: list[str] | Non
     elif settings.data.shots is not None:
         words += ["--shots", settings.data.shots or 1]  # at 0 shots there is nothing to compare with
     # The arms say the objective and the start, --seeds the seeds, and a comparison has a folder of its own.
-    own = ("objective", "start", "refit", "seed", "out")
+    own = ("objective", "start", "start_fallback", "refit", "seed", "out")
     for name, key in SETTING_OF.items():
         value = settings.value(key)
         if name not in ("data", "shots", "fraction", "workers", *own) and value != standard.value(key):

@@ -70,7 +70,9 @@ class DataConfig(Settings):
     def _one_or_several(cls, value: Any) -> Any:
         """Read `cat` as one class, and `[1, 2]` as YAML writes labels that are numbers."""
         names = [value] if isinstance(value, str | int) else value
-        return [str(name) if isinstance(name, int) else name for name in names] if isinstance(names, list) else names
+        if not isinstance(names, list):
+            return names
+        return [str(name) if isinstance(name, int) and not isinstance(name, bool) else name for name in names]
 
     @model_validator(mode="after")
     def _one_subset(self) -> DataConfig:

@@ -84,7 +84,8 @@ def run_job(
     if selected:
         run_writer.write_inputs(folder, job.config, loaded.backbone.images)
     predicted, metrics = _score(folder, job, fitted, journal)
-    _say_what_steps_did(job, fitted, metrics)
+    if shared is None:
+        _say_what_steps_did(job, fitted, metrics)
     said |= predicted
     if shared is None:
         head = fitted.learner.objective.default_head
@@ -272,10 +273,16 @@ def _say_what_steps_did(job: Job, fitted: Fitted, metrics: dict[str, dict[str, A
     moved = f"on val from {before:.1%} (the head that it started from) to {after:.1%} {METRICS[metric]}"
     if job.config.start_fallback == "val" and before >= after:
         console.warn(f"the steps took it {moved}: the start is shipped, as `start_fallback` says")
-    elif before - after > math.sqrt(before * (1 - before) / len(job.choosing)):
+    elif before - after > _margin(before, len(job.choosing)):
         console.warn(f"the steps took it down, {moved}: try a lower --lr, --train head, or --set start_fallback=val")
     else:
         console.note(f"the steps took it {moved}")
+
+
+def _margin(accuracy: float, num_images: int) -> float:
+    """Return two standard errors of an accuracy (after Agresti and Coull 1998: none right or wrong is not certain)."""
+    share = (accuracy * num_images + 1) / (num_images + 2)
+    return 2 * math.sqrt(share * (1 - share) / num_images)
 
 
 def _refit(job: Job, journal: _Journal) -> Fitted:

@@ -45,6 +45,8 @@ def refuse_other(config: Config, folder: Path, *, settled: bool = True) -> None:
     """
     there, here = (settings.model_dump(mode="json") for settings in (recorded_settings(folder), config))
     found = differences(there, here)
+    if found.get("image.fit") == (None, "crop"):  # begun before there was a choice
+        del found["image.fit"]
     if not settled:
         found = {key: pair for key, pair in found.items() if not _is_open(key, pair[1])}
     found = {key: pair for key, pair in found.items() if not {key, key.partition(".")[0]} & WITHOUT_EFFECT}

@@ -266,7 +266,7 @@ def refuse_out_among_images(out: Path, source: Path) -> None:
     """
     if source.is_dir() and out.resolve().is_relative_to(source.resolve()):
         raise RunError(
-            f"The run folder `{out}` would lie among the images of `{source}` and be taken for a class; choose another"
+            f"The folder `{out}` would lie among the images of `{source}` and be taken for a class; choose another"
             " --out."
         )
 

@@ -210,11 +210,12 @@ def resample_images(
     cells scored different images, a cell's class means are linearised about their values (exact where all scored the
     same).
 
-    Of n images n - 1 are drawn, for n draws would have (n - 1) / n of the variance: half of it at 2 images a class. And
-    so few images do not know how they vary: a class of fewer than 5 draws its deviations from those of all images.
-    Without both, two equally good arms would differ "for sure" in one case of seven (LOG.md, 2026-11-26).
-    Sources: Efron and Tibshirani, "An Introduction to the Bootstrap", 1993, chapters 8 and 13; Rao and Wu, "Resampling
-    inference with complex survey data", JASA 1988, for n - 1 draws.
+    Deviations from the mean of n images are enlarged by sqrt(n / (n - 1)), or their variance would be (n - 1) / n of
+    what it is: half of it at 2 images a class. And so few images do not know how they vary: a class of which a cell
+    scored fewer than 5 draws its deviations from those of all images. Without both, two equally good arms would differ
+    "for sure" in one case of seven (LOG.md, 2026-11-26).
+    Source: Efron and Tibshirani, "An Introduction to the Bootstrap", 1993, chapters 8 and 13; on the enlargement,
+    Rao and Wu, "Resampling inference with complex survey data", JASA 1988.
 
     Args:
         cells: (arm, ce) for each seed and number of shots.
@@ -233,17 +234,20 @@ def resample_images(
     index_of: dict[str, int] = {}
     image_parts = [np.array([index_of.setdefault(path, len(index_of)) for path in ce.paths]) for _, ce in cells]
     label_N = _one_label_each(list(index_of), image_parts, [ce.labels for _, ce in cells])
-    effect, share_N, deviation_N = 0.0, np.zeros(len(label_N)), np.zeros(len(label_N))
-    weight_C = np.zeros(label_N.max() + 1)
+    effect = 0.0
+    weight_N, share_N, deviation_N = (np.zeros(len(label_N)) for _ in range(3))
+    fewest_C = np.full(label_N.max() + 1, np.inf)
     for (_, ce), images_n, d_n in zip(cells, image_parts, differences):
-        num_C = np.bincount(ce.labels, minlength=len(weight_C))
+        num_C = np.bincount(ce.labels, minlength=len(fewest_C))
         in_cell_C = num_C / num_C.sum() if metric == "top1" else (num_C > 0) / (num_C > 0).sum()
         in_cell_C = in_cell_C / len(cells)
-        weight_C += in_cell_C
-        mean_C = np.bincount(ce.labels, d_n, len(weight_C)) / np.maximum(num_C, 1)
+        mean_C = np.bincount(ce.labels, d_n, len(fewest_C)) / np.maximum(num_C, 1)
         effect += float(in_cell_C @ mean_C)
+        weight_N[images_n] += (in_cell_C / np.maximum(num_C, 1))[ce.labels]
         # A draw moves the class's mean by the mean over the drawn images of their distance to it.
-        share_N[images_n] += (in_cell_C / np.maximum(num_C, 1))[ce.labels] * (d_n - mean_C[ce.labels])
+        unbiased_C = in_cell_C / np.sqrt(np.maximum(num_C * (num_C - 1), 1))
+        share_N[images_n] += unbiased_C[ce.labels] * (d_n - mean_C[ce.labels])
+        fewest_C = np.where(num_C > 0, np.minimum(fewest_C, num_C), fewest_C)
         deviation_N[images_n] += d_n - d_n.mean()
     deviation_N /= np.bincount(np.concatenate(image_parts))
     deviation_N -= deviation_N.mean()
@@ -251,11 +255,11 @@ def resample_images(
     rng = np.random.default_rng(seed)
     effects_R = np.full(num_resamples, effect)
     for label, number in zip(*np.unique(label_N, return_counts=True)):
-        if number < MIN_OF_CLASS:
-            drawn_R = _sums(rng, deviation_N, number, num_resamples)
-            effects_R += weight_C[label] / number * drawn_R
+        if fewest_C[label] < MIN_OF_CLASS:
+            for weight, times in zip(*np.unique(weight_N[label_N == label], return_counts=True)):
+                effects_R += weight * _sums(rng, deviation_N, times, num_resamples)
         else:
-            effects_R += number / (number - 1) * _sums(rng, share_N[label_N == label], number - 1, num_resamples)
+            effects_R += _sums(rng, share_N[label_N == label], number, num_resamples)
     return effects_R
 
 

@@ -7,7 +7,8 @@ import os
 
 import pytest
 
-from tes.data import open_source
+from tes.config import DataConfig
+from tes.data import load, open_source
 from tes.data.folder import FolderSource
 from tes.errors import DataError
 
@@ -291,5 +292,8 @@ def test_images_that_all_lie_deeper_are_said_to(tmp_path):
 def test_a_folder_around_the_class_folders_is_named(tmp_path):
     for label in ("a", "b"):
         put(tmp_path / "archive" / label)
-    with pytest.raises(DataError, match=r"holds the one folder `archive`.*name `.*archive`"):
-        FolderSource(tmp_path)
+    with pytest.raises(DataError, match=r"only `archive`\. If the classes are in it, name `.*archive`"):
+        load(DataConfig(source=str(tmp_path)))
+    assert {sample.label for sample in FolderSource(tmp_path).samples} == {
+        "archive"
+    }  # to score one class is no mistake

@@ -105,6 +105,30 @@ def test_a_pickle_is_refused_and_not_executed(tmp_path):
     assert not proof.exists()
 
 
+def test_numbers_of_numpy_in_a_file_are_passed_over_not_built(tmp_path):
+    """NumPy builds a dtype from whatever state a file gives: this one makes it copy 100 MB from a wild address."""
+    import numpy as np
+
+    class Dtype:
+        def __reduce__(self):
+            return np.dtype, ("S8", False, True), (3, "|", None, None, None, 100_000_000, 1, 4)
+
+    class Number:
+        def __reduce__(self):
+            return np._core.multiarray.scalar, (Dtype(), b"\x01" * 8)
+
+    from safetensors.torch import load_file
+
+    timm_checkpoint(tmp_path / "w.safetensors", TINY_RESNET)
+    torch.save({"state_dict": load_file(tmp_path / "w.safetensors"), "best": Number()}, tmp_path / "evil.pth")
+    program = (
+        "import sys; from pathlib import Path; from tes.models.checkpoint import read_weights;"
+        " print(len(read_weights(Path(sys.argv[1]))))"
+    )
+    done = subprocess.run([sys.executable, "-c", program, tmp_path / "evil.pth"], capture_output=True, text=True)
+    assert done.returncode == 0 and int(done.stdout) == len(load_file(tmp_path / "w.safetensors")), done.stderr
+
+
 @pytest.mark.parametrize("name", ["w.safetensors", "w.pth"])
 def test_a_damaged_file_is_one_sentence(tmp_path, name):
     path = tmp_path / name

@@ -60,6 +60,11 @@ def test_names_that_an_english_encoder_cannot_read_are_said_to_be_so():
     classes = derive_classes(["Löwenzahn", "Mohn", "pear"])
     text = dataclasses.replace(classifier(classes, ROWS[:3]), encoder="minilm")
     assert "1 name of 3 has letters that English lacks (löwenzahn)" in text_report(text, classes)["verdict"][0]
+    nests = derive_classes(["bird’s nest", "fern", "pear"])  # an apostrophe is no letter
+    english = dataclasses.replace(classifier(nests, ROWS[:3]), encoder="minilm")
+    assert "nothing stands in the way" in text_report(english, nests)["verdict"][0]
+    prompted = [ClassInfo("Löwenzahn", "löwenzahn", prompts=("a photo of a dandelion",)), *classes[1:]]
+    assert "letters" not in text_report(text, prompted)["verdict"][0]
     other = dataclasses.replace(text, encoder="st:multilingual")
     assert "nothing stands in the way" in text_report(other, classes)["verdict"][0]
 

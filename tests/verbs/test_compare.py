@@ -11,6 +11,7 @@ import pytest
 import tes
 from tes.comparison import Comparison
 from tes.errors import ConfigError, DataError, RunError
+from tes.predictions import Predictions
 from tes.verbs.compare import Settings, compare
 
 
@@ -95,6 +96,11 @@ def test_a_share_of_everything_is_everything_and_one_run_counts_as_one(begin):
     flags = {"train": "head"}
     comparison = begin(("ce", "label_smoothing"), shots=("100%",), num_seeds=3, flags=flags)
     assert comparison.plan.shots == ("all",) and len(table(comparison)) == 2
+    plan = json.loads((comparison.path / "compare.json").read_text())
+    (comparison.path / "compare.json").write_text(json.dumps(plan | {"shots": ["100%"]}))  # as it was once spelled
+    (comparison.path / "cells" / "all-s0").rename(comparison.path / "cells" / "100pct-s0")
+    again = begin(("ce", "label_smoothing"), shots=("100%",), num_seeds=1, flags=flags)
+    assert again.plan.shots == ("100%",)
     # A draw that takes every image of the pool is the same from every seed: 12 images, 3 for test.
     comparison = begin(("ce", "label_smoothing"), shots=("9",), num_seeds=3, flags=flags, out="nine")
     assert len(table(comparison)) == 6
@@ -275,12 +281,7 @@ def test_what_a_comparison_varies_cannot_be_set_from_outside(begin, tmp_path, as
     *rooms, name = key.split(".")
     file = tmp_path / "settings.yaml"
     file.write_text(f"{rooms[0]}:\n  {name}: {value}\n" if rooms else f"{name}: {value}\n")
-    if key in (
-        "data.shots",
-        "data.fraction",
-        "start",
-        "start_fallback",
-    ):  # the others are flags of each cell, which override a file
+    if key in ("data.shots", "data.fraction", "start"):  # the others are flags of each cell, which override a file
         with pytest.raises(ConfigError, match="a comparison decides it itself"):
             begin(("ce", "tes"), shots=("all",), file=file)
 
@@ -358,7 +359,7 @@ def walks(photos, tmp_path):
 
 
 @pytest.mark.parametrize("num_trials", [1, 2])
-def test_copies_of_images_that_were_used_are_not_scored_with_split_val(begin, walks, num_trials):
+def test_copies_of_images_that_were_used_are_not_scored_with_split_val(begin, walks, num_trials, capsys):
     flags = {"data.source": str(walks)}
     comparison = begin(("ce",), shots=("1",), split="val", num_seeds=1, num_trials=num_trials, flags=flags)
     run = comparison.run("1", 0, "ce")
@@ -367,6 +368,14 @@ def test_copies_of_images_that_were_used_are_not_scored_with_split_val(begin, wa
     groups = {row["group"] for row in rows if row["split"] in used}
     expected = {row["path"] for row in rows if row["split"] in ("val", "unused") and row["group"] not in groups}
     assert set(run.predictions("val").paths) == expected and len(expected) >= 6
+    assert tes.verify(run)["holds"]
+    # A cell of the days when copies were scored as well is done again.
+    said = run.predictions("val")
+    cut = Predictions(said.paths[1:], said.labels[1:], {"vision": said.logits["vision"][1:]})
+    cut.save(run.path / "predictions" / "val.npz")
+    begin(("ce",), shots=("1",), split="val", num_seeds=1, num_trials=num_trials, flags=flags)
+    assert "was scored on other images, and is done again" in capsys.readouterr().err
+    assert set(tes.Run.open(run.path).predictions("val").paths) == expected
 
 
 def test_images_that_chose_a_trial_do_not_score_it_where_a_draw_takes_the_whole_pool(begin):
@@ -378,6 +387,18 @@ def test_images_that_chose_a_trial_do_not_score_it_where_a_draw_takes_the_whole_
         "Scored on images outside the test split, which was not opened.",
     ]
     assert begin(("ce",), shots=("5",), split="val", num_seeds=1, out="plain").plan.shots == ("5",)
+
+
+def test_a_comparison_is_not_continued_with_images_fitted_otherwise(begin):
+    comparison = begin(("ce",), shots=("1",), num_seeds=1)
+    plan = json.loads((comparison.path / "compare.json").read_text())
+    assert plan["settings"]["decided"].pop("fit") == "crop"
+    (comparison.path / "compare.json").write_text(json.dumps(plan))  # as before there was a choice
+    begin(("ce",), shots=("1",), num_seeds=1)
+    plan["settings"]["decided"]["fit"] = "squash"
+    (comparison.path / "compare.json").write_text(json.dumps(plan))
+    with pytest.raises(RunError, match=r"decided\.fit: squash there, crop here"):
+        begin(("ce",), shots=("1",), num_seeds=1)
 
 
 def test_results_among_the_images_are_refused(begin, photos):

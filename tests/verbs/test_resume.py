@@ -96,6 +96,7 @@ def interrupted(config, at, **how) -> Path:
     ("flags", "at", "saved"),
     [
         (TES | {"optim__ema": 0.9}, ("train", 9), {"trial-0": 5}),  # two parts a step; an epoch has three steps
+        (TES | {"start_fallback": "val"}, ("train", 9), {"trial-0": 5}),
         (BI_TUNING | {"optim__ema": 0.9}, ("train", 21), {"trial-0": 6}),  # its copy of the network passes as well
         pytest.param(TES | {"optim__ema": 0.9}, ("eval", 3), {"trial-0": 4}, marks=pytest.mark.slow),  # while scoring
         pytest.param(TES | {"refit": "trainval"}, ("train", 23), {"trial-0": 9, "refit": 3}, marks=pytest.mark.slow),
@@ -242,6 +243,18 @@ def test_a_damaged_state_is_said_to_be_and_left_alone(settings):
 
 
 @pytest.mark.slow
+def test_a_run_that_was_begun_before_images_could_be_squashed_goes_on(settings):
+    import yaml
+
+    folder = interrupted(settings(objective="ce", optim__num_steps=4), ("train", 2))
+    recorded = yaml.safe_load((folder / "config.yaml").read_text())
+    assert recorded["image"].pop("fit") == "crop"
+    (folder / "config.yaml").write_text(yaml.safe_dump(recorded))
+    with pytest.raises(RunError, match=r"image\.fit: None there, squash here"):
+        tes.train(settings(objective="ce", optim__num_steps=4, image__fit="squash"), network=Net(), resume=True)
+    assert tes.train(settings(objective="ce", optim__num_steps=4), network=Net(), resume=True).metrics["test"]
+
+
 def test_a_run_goes_on_with_the_threads_that_it_was_begun_with(settings):
     config, threads = settings(objective="ce", optim__num_steps=3), torch.get_num_threads()
     try:

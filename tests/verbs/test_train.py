@@ -87,18 +87,23 @@ def test_photos_in_memory_are_prepared_as_files_are(settings, tmp_path):
     assert (row.label, row.name) == ("red_square", "red square")
 
 
-def test_only_one_batch_of_small_images_is_held_while_large_photos_are_classified(settings, photos, monkeypatch):
-    from tes.engine.loader import eval_transform
+def test_large_photos_are_let_go_of_one_by_one_while_a_batch_is_read(settings, photos, monkeypatch):
+    import weakref
+
+    from tes.verbs import predict
 
     classifier = tes.Classifier.from_run(tes.train(settings(objective="ce")))
-    transform, seen = eval_transform(classifier.learner.backbone.images), []
-    monkeypatch.setattr(classifier, "transform", lambda image: seen.append(image.size) or transform(image))
-    batches = []
-    run = classifier._probabilities
-    monkeypatch.setattr(classifier, "_probabilities", lambda batch: batches.append(batch.shape) or run(batch))
-    files = sorted(photos.rglob("*.png")) * 2
-    assert len(list(classifier.predict(files))) == 72
-    assert len(seen) == 72 and [tuple(shape) for shape in batches] == [(64, 3, 32, 32), (8, 3, 32, 32)]
+    decode, alive, most = predict.decode, {}, []
+
+    def counted_decode(content):
+        image, number = decode(content), len(most)
+        alive[number] = weakref.ref(image, lambda _: alive.pop(number))
+        most.append(len(alive))
+        return image
+
+    monkeypatch.setattr(predict, "decode", counted_decode)
+    assert len(list(classifier.predict(sorted(photos.rglob("*.png")) * 2))) == 72
+    assert len(most) == 72 and max(most) <= 40  # as many as there are threads, not as there are in a batch of 64
 
 
 @pytest.mark.parametrize("rate", [1e-4, 0.3])

@@ -20,6 +20,7 @@ from tes.data.names import NameIndex
 from tes.data.scan import NO_SUCH_FILE, scan
 from tes.data.source import Sample, Source, open_source
 from tes.data.splits import carve, draw_fraction, draw_shots
+from tes.data.table import TableSource
 from tes.data.task import load_task, task_names
 from tes.data.task_source import TaskClasses
 from tes.errors import DataError, counted, listing
@@ -318,7 +319,10 @@ def _samples_and_classes(source: Source, config: DataConfig) -> tuple[list[Sampl
             notes.append(f"Left out {_classes(untrained)}, of which no training image is here.")
     if len(labels) < 2:
         only = f"only `{next(iter(labels))}`" if labels else "none"
-        raise DataError(f"`{config.source}` must have at least two classes to tell apart, but there is {only}.")
+        inner = user_path(config.source) / next(iter(labels), "")
+        is_around = labels and inner.is_dir() and all(sample.path.count("/") > 1 for sample in samples)
+        hint = f" If the classes are in it, name `{inner}`." if is_around else ""
+        raise DataError(f"`{config.source}` must have at least two classes to tell apart, but there is {only}.{hint}")
     classes = derive_classes(labels)
     if source.class_names is not None:
         classes = [
@@ -367,14 +371,13 @@ def _readable(
     """Look at every image and leave out those that cannot be read."""
     seen = scan(source, samples)
     absent = [path for path, reason in seen.unreadable if reason == NO_SUCH_FILE]
-    if source.root is not None and len(absent) > len(samples) / 2:
-        raise BadImagesError(
-            f"{len(absent)} of {counted(len(samples), 'image')} of `{source.name}` are not where they should be:"
-            f" `{absent[0]}` was looked for as `{source.root / absent[0]}`; paths in a table start at the folder that"
-            " it lies in, or are absolute.",
-            seen.unreadable,
+    hint = ""
+    if isinstance(source, TableSource) and len(absent) > len(samples) / 2:
+        hint = (
+            f" (`{absent[0]}` was looked for as `{source.root / absent[0]}`: a table's paths start at its own folder,"
+            " or are absolute)"
         )
-    _refuse_too_many(source.name, seen.unreadable, len(samples), max_unreadable)
+    _refuse_too_many(source.name, seen.unreadable, len(samples), max_unreadable, hint)
     shown = listing([f"{path} ({reason})" for path, reason in seen.unreadable])
     rows = [(sample, sha1) for sample, sha1 in zip(samples, seen.sha1s) if sha1 is not None]
     if not rows:
@@ -416,13 +419,15 @@ def _depths(source: Source, samples: Sequence[Sample]) -> list[Depth]:
     return found
 
 
-def _refuse_too_many(name: str, unreadable: list[tuple[str, str]], num_images: int, max_unreadable: int | None) -> None:
+def _refuse_too_many(
+    name: str, unreadable: list[tuple[str, str]], num_images: int, max_unreadable: int | None, hint: str = ""
+) -> None:
     limit = max(3, num_images // 100) if max_unreadable is None else max_unreadable
     if len(unreadable) > limit:
         shown = listing([f"{path} ({reason})" for path, reason in unreadable])
         raise BadImagesError(
             f"{len(unreadable)} of {num_images} images of `{name}` cannot be read, more than the {limit} that are"
-            f" tolerated: {shown}; mend or remove them, or raise data.max_unreadable.",
+            f" tolerated: {shown}{hint}; mend or remove them, or raise data.max_unreadable.",
             unreadable,
         )
 

@@ -97,14 +97,7 @@ class FolderSource(LocalSource):
 
     def _refuse_disguised(self, folders: list[Path]) -> None:
         """Refuse folders that hold class folders themselves: taken for classes, they would train a senseless model."""
-        if len(folders) == 1:
-            inner, files = _entries(folders[0])
-            if len(inner) > 1 and not any(map(_is_image, files)):
-                raise DataError(
-                    f"`{self.root}` holds the one folder `{folders[0].name}`, which would be the only class; if the"
-                    f" classes are in it, name `{folders[0]}`."
-                )
-        elif all(_LIKE_A_SPLIT.fullmatch(folder.name) for folder in folders):
+        if len(folders) > 1 and all(_LIKE_A_SPLIT.fullmatch(folder.name) for folder in folders):
             inner_names = [{_text(below.name) for below in _entries(folder)[0]} for folder in folders]
             if common := sorted(set.intersection(*inner_names)):
                 raise DataError(

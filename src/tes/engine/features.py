@@ -116,7 +116,10 @@ class _Store:
     """The features of one backbone under one preparation and arithmetic: a folder of .npz files, each written whole."""
 
     def __init__(self, backbone: Backbone, compute: Compute) -> None:
-        preparation = json.dumps(backbone.images.to_dict(), sort_keys=True)
+        images = backbone.images.to_dict()
+        if images["fit"] == "crop":  # as everything was prepared before there was a choice
+            del images["fit"]
+        preparation = json.dumps(images, sort_keys=True)
         key = sha256_text(backbone.fingerprint, preparation, compute.device, compute.precision, compute.memory_format)
         self.num_features = backbone.num_features
         self.folder: Path = cache_dir() / "features" / key

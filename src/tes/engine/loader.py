@@ -125,13 +125,18 @@ def train_batches(
         dataset,
         train_transform(images, augment),
         seed,
-        max_side=2 * images.size,
+        max_side=_useful_side(images, augment),
         keeps=compute.num_workers == 0,
         num_views=2 if two_views else 1,
         pool=indices,
     )
     steps = order(indices, batch_size, num_steps, seed, dataset.labels if balanced else None)
     yield from _load(reader, itertools.islice(steps, first_step, None), compute)
+
+
+def _useful_side(images: ImageSettings, augment: AugmentConfig) -> int:
+    """Return the short side from which on an image has more pixels than its smallest crop can show."""
+    return max(math.ceil(images.size / math.sqrt(augment.min_scale)), augment.crop_size or 0, 2 * images.size)
 
 
 def order(

@@ -23,6 +23,7 @@ IMAGES: dict[str, Any] = {
     "mean": (127 / 255, 127 / 255, 127 / 255),  # the input is (x - 127) / 128 for x in 0..255
     "std": (128 / 255, 128 / 255, 128 / 255),
     "interpolation": "bicubic",
+    "fit": "crop",
 }
 
 

@@ -15,7 +15,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -145,11 +144,20 @@ def _read(path: Path) -> tuple[dict[str, Tensor], str | None]:
     return _unwrap(content, path)
 
 
+class _Unread:
+    """Stands for a number of NumPy's in a file: its own constructors would copy memory on the file's word."""
+
+    def __init__(self, *_: Any) -> None:
+        pass
+
+    def __setstate__(self, _: Any) -> None:
+        pass
+
+
 def _plain_values() -> list[Any]:
-    """Return what training programs write beside the weights and that runs nothing: settings, and NumPy's numbers."""
-    numpy_dtypes = [getattr(np.dtypes, name) for name in np.dtypes.__all__ if not name.startswith(("Object", "Void"))]
-    scalar = np._core.multiarray.scalar if hasattr(np, "_core") else np.core.multiarray.scalar
-    return [argparse.Namespace, np.dtype, scalar, (scalar, "numpy.core.multiarray.scalar"), *numpy_dtypes]
+    """Return what may stand beside the tensors, as training programs write it: settings, and NumPy's numbers."""
+    names = ("numpy.dtype", "numpy._core.multiarray.scalar", "numpy.core.multiarray.scalar")
+    return [argparse.Namespace, *((_Unread, name) for name in names)]
 
 
 def load_strictly(

@@ -91,6 +91,8 @@ def beside_weights(checkpoint: Path) -> list[tuple[str, dict[str, Any]]]:
             except (OSError, ValueError) as problem:
                 raise ModelError(f"`{path}` beside the checkpoint cannot be read as JSON: {problem}.") from None
             if isinstance(values, dict):
+                if name == "preprocess.json":
+                    values.setdefault("fit", "crop")  # ours of the first days do not say
                 for below in ("pretrained_cfg", "preprocess_cfg"):  # timm's, open_clip's
                     values |= inner if isinstance(inner := values.get(below), dict) else {}
                 found.append((f"`{name}` beside the weights", from_timm(values)))

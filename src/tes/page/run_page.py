@@ -155,6 +155,8 @@ def headline(found: Findings) -> list[str]:
         f" {summary.get(f'num_{found.split}', '?')} images), after training on {summary.get('num_train', '?')} images."
     )
     said = [first, *_against(summary.get("against"), str(summary.get("arm")))]
+    if summary.get("shipped") == "start":
+        said.append("On val the steps did not beat the head that they started from, so that head is shipped.")
     if summary.get("protocol") == "paper":
         said.append("Test-selected: trained on train and val, and chosen on test, as the authors' code does.")
     return said
@@ -478,8 +480,11 @@ def _training(found: Findings) -> dict[str, Any] | str:
     charts = [_curves("loss-chart", "Training losses", losses, lambda value: f"{value:g}")]
     for split in ("val", "test"):  # by the protocol `paper` test is looked at on the way
         looks: dict[str, list[tuple[float, float]]] = {}
-        for row in own:
-            if row.get("split") == split:
+        rows = [row for row in own if row.get("split") == split]
+        looked_at = {row["step"] for row in rows if "epoch" in row}
+        for row in rows:
+            # The score of what is shipped, which has no epoch, stands for the end where that was not looked at.
+            if "epoch" in row or row["step"] not in looked_at:
                 for head, figures in row["heads"].items():
                     looks.setdefault(HEADS.get(head, head), []).append((float(row["step"]), float(figures[metric])))
         if any(len(dots) > 1 for dots in looks.values()):

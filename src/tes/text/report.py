@@ -100,7 +100,11 @@ def _obstacles(
     remedy = "Give them different names or descriptions with --classes."
     if not any(entry["prompts"] for entry in report["classes"]):
         remedy = "Give each a row of its own in the file."
-    spelled = [info.name for info in classes if not info.name.isascii()]
+    spelled = [
+        info.name
+        for info in classes
+        if not info.prompts and any(letter.isalpha() and not letter.isascii() for letter in info.name)
+    ]
     if spelled and report["encoder"] == "minilm":
         sentences.append(
             f"{counted(len(spelled), 'name')} of {len(classes)} {'has' if len(spelled) == 1 else 'have'} letters that"

@@ -52,7 +52,7 @@ class Settings:
         """
         objective_class = _objective_class(arm)
         assignments = [line for line in self.assignments if _concerns(line, objective_class)]
-        own = {**arm_flags(arm), **_subset(shots), "seed": seed, "refit": "none"}
+        own = {**arm_flags(arm), **_subset(shots), "seed": seed, "refit": "none", "start_fallback": "none"}
         config = load_config(self.file, {**self.flags, **own}, assignments)
         name, _, preset = arm_flags(arm)["objective"].partition("@")
         varied = {
@@ -124,6 +124,7 @@ def compare(
     if (folder / "compare.json").is_file():
         # A comparison only grows: to leave out an arm that was run would choose among results.
         begun = read_plan(folder)
+        shots = [next((old for old in begun.shots if _spelled(old) == shot), shot) for shot in shots]
         arms, shots, seeds = (tuple(dict.fromkeys([*old, *new])) for old, new in (
             (begun.arms, arms), ((*begun.shots, *begun.skipped), shots), (begun.seeds, seeds)
         ))  # fmt: skip
@@ -136,7 +137,8 @@ def compare(
         return Comparison(folder, plan)
     _continue_or_start(folder, plan)
     cells = plan.cells()
-    missing = [cell for cell in cells if not _is_done(cell_folder(folder, *cell), split)]
+    scored = _Scored(settings, loaded, how)
+    missing = [cell for cell in cells if not _is_done(cell_folder(folder, *cell), scored, *cell)]
     if missing and len(missing) < len(cells):
         console.note(f"{len(cells) - len(missing)} of {len(cells)} cells are done already")
     if missing:
@@ -200,14 +202,37 @@ def _keep_thumbnails(comparison: Comparison, loaded: Loaded) -> None:
     write_thumbnails(folder, loaded.dataset, wanted, with_test=plan.split == "test")
 
 
-def _is_done(cell: Path, split: str) -> bool:
-    """Whether a cell is finished and whole; a damaged one is done again."""
+class _Scored:
+    """Which images a cell is to be scored on, where that is not simply the test split."""
+
+    def __init__(self, settings: Settings, loaded: Loaded, how: Protocol) -> None:
+        self.settings, self.loaded, self.how = settings, loaded, how
+        self.known: dict[tuple[str, int], set[str]] = {}
+
+    def paths(self, shots: str, seed: int, arm: str) -> set[str]:
+        """Return their paths."""
+        if (shots, seed) not in self.known:
+            config = self.settings.config(arm, shots, seed)
+            dataset = data.draw(self.loaded.dataset, config.data, seed)
+            indices = self.how.scored(dataset, config.data).get(self.how.split, ())
+            self.known[shots, seed] = {dataset.paths[index] for index in indices}
+        return self.known[shots, seed]
+
+
+def _is_done(cell: Path, scored: _Scored, shots: str, seed: int, arm: str) -> bool:
+    """Whether a cell is finished and whole, and scored on the images that it is to be; else it is done again."""
+    split = scored.how.split
     if not (cell / "run.json").is_file():
         return False
     try:
         run = Run.open(cell)
         run.metrics[split][run.summary["default_head"]]
-        run.predictions(split)
+        predictions = run.predictions(split)
+        if split == "val":
+            lost = {row.get("path") for row in run.summary.get("lost", ())}
+            if set(predictions.paths) | lost != scored.paths(shots, seed, arm) | lost:
+                console.warn(f"the cell `{cell}` was scored on other images, and is done again")
+                return False
         whole = all(run.file(name).is_file() for name in run.summary.get("shared") or ())
     except (TesError, KeyError, TypeError):
         whole = False
@@ -337,7 +362,8 @@ def _inputs(settings: Settings, loaded: Loaded, shots: str, seed: int) -> dict[s
         "classes": sha256_text(repr(dataset.classes)),
         "weights": loaded.backbone.fingerprint,
         "text rows": open_encoder(config.text).fingerprint,
-        "decided": {key: getattr(settled, key) for key in ("train", "device", "precision", "memory_format")},
+        "decided": {key: getattr(settled, key) for key in ("train", "device", "precision", "memory_format")}
+        | {"fit": settled.image.fit},
     }
 
 
@@ -381,7 +407,8 @@ def _continue_or_start(folder: Path, plan: Plan) -> None:
         begun = read_plan(folder)
         names = ("settings", "protocol", "split", "num_trials")
         # A record that is older than a setting stands for its default.
-        default = {"settings": _common(load_config(flags={"data.source": "", "objective": BASELINE}))}
+        common = _common(load_config(flags={"data.source": "", "objective": BASELINE}))
+        default = {"settings": common | {"decided": {"fit": "crop"}}}
         found = {
             key: pair
             for name in names

@@ -9,18 +9,19 @@ from __future__ import annotations
 
 import csv
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from tes.data.splits import find_units
 from tes.errors import RunError, TesError, listing, one_line
 from tes.files import sha256_file
 from tes.metrics import evaluate_split, per_class_table
 from tes.predictions import Predictions
-from tes.run import Run
+from tes.run import Run, SplitRow
 
 if TYPE_CHECKING:
     from torch import nn
@@ -196,8 +197,7 @@ def _splits(run: Run) -> Iterator[Check]:
         if not (run.path / "predictions" / f"{split}.npz").is_file():
             continue
         said = run.predictions(split)
-        # A run that was scored on val to design defaults has the pool's unused images there, with val or without.
-        allowed = [of["test"]] if split == "test" else [of["val"], of["unused"], of["val"] | of["unused"]]
+        allowed = [of["test"]] if split == "test" else _val_images(list(rows.values()), of)
         if len(said.paths) != len(set(said.paths)) or set(said.paths) not in allowed:
             stray = listing(sorted(set(said.paths) ^ allowed[0]), 3)
             wrong.append(f"the predictions of {split} are not of the images that splits.csv puts there: {stray}")
@@ -208,6 +208,22 @@ def _splits(run: Run) -> Iterator[Check]:
             wrong.append(f"the predictions of {split} have other labels than splits.csv: {listing(other, 3)}")
     shown = ", ".join(f"{len(paths)} {split}" for split, paths in of.items() if paths)
     yield Check("splits", not wrong, "; ".join(wrong) if wrong else f"splits.csv agrees with the predictions: {shown}")
+
+
+def _val_images(rows: Sequence[SplitRow], of: Mapping[str, set[str]]) -> list[set[str]]:
+    """Return the sets of images that the predictions of val may be of: val, or, of a cell scored on val, what it saw.
+
+    That are the pool's unused images, with val or without, less what shares a unit with an image that was used.
+    """
+    units = find_units([row.sha1 for row in rows], [row.group for row in rows]).tolist()
+    unit_of = dict(zip([row.path for row in rows], units))
+
+    def unseen(wanted: set[str], used: set[str]) -> set[str]:
+        units = {unit_of[path] for path in used}
+        return {path for path in wanted if unit_of[path] not in units}
+
+    pool = of["val"] | of["unused"]
+    return [of["val"], of["unused"], pool, unseen(pool, of["train"]), unseen(of["unused"], of["train"] | of["val"])]
 
 
 def _recomputed(
