@@ -26,6 +26,9 @@ LEARNING_RATE = {
     "adamw": {"conv": 1e-4, "depthwise": 1e-4, "transformer": 3e-5},
     "sgd": {"conv": 1e-3, "depthwise": 1e-3, "transformer": 1e-3},
 }
+MANY_IMAGES = 16
+"""Images per class from which on AdamW's rate is three times as high: every network that was tried does better so at
+full data and 16 shots, and not all of them at 8 (LOG.md, 2026-11-26)."""
 RANDOM_START = {"adamw": (3.0, 10.0), "sgd": (10.0, 1.0)}
 """From a random head: the backbone's rate in units of the above, and the head's in units of the backbone's. A random
 head has far to go, and an arm that starts from one would else be judged by its undertraining (LOG.md, 2026-11-25)."""
@@ -223,7 +226,7 @@ def _settle_steps(made: Decisions, dataset: Dataset, backbone: Backbone, num_ima
     config = made.asked
     if dataset.crop_size is not None and config.augment.policy == "auto" and config.augment.crop_size is None:
         made.decide("augment.crop_size", dataset.crop_size, "the task's own")
-    _settle_optimiser(made, backbone.family, num_images)
+    _settle_optimiser(made, backbone.family, num_images, dataset.num_classes)
     if config.optim.layer_decay not in (None, 1):
         num_layers = config.num_last or count_layers(backbone.network)
         lowest = made.config.optim.learning_rate * config.optim.layer_decay**num_layers
@@ -294,12 +297,16 @@ def _settle_start(
             raise ConfigError("0 shots need a text prior; add --start prior.")
 
 
-def _settle_optimiser(made: Decisions, family: str, num_images: int) -> None:
+def _settle_optimiser(made: Decisions, family: str, num_images: int, num_classes: int) -> None:
     optim, decide = made.asked.optim, made.decide
     is_random = made.config.start == "random"
     backbone_factor, head_factor = RANDOM_START[optim.name] if is_random else (1.0, 1.0)
     usual = LEARNING_RATE[optim.name][family] * backbone_factor
     why = f"the default of {optim.name} for a {family} network" + (" from a random head" if is_random else "")
+    if optim.name == "adamw" and family != "transformer" and not is_random:
+        has_many = num_images >= MANY_IMAGES * num_classes
+        usual *= 3 if has_many else 1
+        why += f", {num_images / num_classes:.3g} images a class ({'at least' if has_many else 'below'} {MANY_IMAGES})"
     learning_rate = optim.learning_rate or decide("optim.learning_rate", usual, why)
     if optim.head_learning_rate is None:
         why = f"{head_factor:g} times the backbone's: a random head" if head_factor > 1 else "as the backbone's"

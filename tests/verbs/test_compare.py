@@ -401,6 +401,19 @@ def test_a_comparison_is_not_continued_with_images_fitted_otherwise(begin):
         begin(("ce",), shots=("1",), num_seeds=1)
 
 
+def test_a_comparison_is_not_continued_at_another_default_learning_rate(begin):
+    import yaml
+
+    flags = {"train": "all", "optim.num_steps": 1}
+    comparison = begin(("ce",), shots=("1",), num_seeds=1, controls=False, flags=flags)
+    file = comparison.run("1", 0, "ce").path / "config.yaml"
+    settings = yaml.safe_load(file.read_text())
+    settings["optim"]["learning_rate"] /= 3
+    file.write_text(yaml.safe_dump(settings))
+    with pytest.raises(RunError, match=r"at `1` shots .* the default of that day, which is 0\.0001 now"):
+        begin(("ce",), shots=("1",), num_seeds=2, controls=False, flags=flags)
+
+
 def test_results_among_the_images_are_refused(begin, photos):
     with pytest.raises(RunError, match="taken for a class"):
         begin(("ce",), out=photos / "comparison")

@@ -634,6 +634,31 @@ def test_an_extreme_penalty_is_one_sentence(settings):
         tes.train(settings(objective="ce", optim__head_penalty=1e300))
 
 
+def test_many_images_a_class_get_a_larger_learning_rate(settings, photos, tmp_path, capsys):
+    import shutil
+
+    from tes.verbs.train import dry_run
+
+    flags = {"objective": "ce", "train": "all"}
+    few = dry_run(settings(**flags))  # 24 of 36 images are trained on
+    assert few.optim.learning_rate == few.optim.head_learning_rate == pytest.approx(1e-4)
+    assert "8 images a class (below 16)" in capsys.readouterr().err
+    only = settings(**flags, data__only_classes=("red_square", "blue_square"))
+    assert dry_run(only).optim.learning_rate == pytest.approx(1e-4)
+    many = tmp_path / "many"  # 24 a class, of which 16 are trained on
+    for label in ("red_square", "blue_square"):
+        for copy in range(2):
+            shutil.copytree(photos / label, many / label / str(copy))
+    for number, path in enumerate(sorted(many.rglob("*.png"))):  # not the same photo twice
+        with Image.open(path) as image:
+            image.rotate(90 * (number % 4)).resize((40 + number % 7, 40)).save(path)
+    config = dry_run(settings(**flags, data__source=str(many)))
+    assert config.optim.learning_rate == pytest.approx(3e-4)
+    assert "16 images a class (at least 16)" in capsys.readouterr().err
+    random = dry_run(settings(**flags, start="random", data__source=str(many)))
+    assert random.optim.learning_rate == pytest.approx(3e-4)  # three times in any case
+
+
 def test_a_random_head_gets_a_larger_learning_rate_than_one_that_fits_already(settings, tmp_path):
     rates = {}
     for start in ("probe", "random"):

@@ -25,7 +25,7 @@ from tes.objectives import objectives
 from tes.objectives.base import Objective
 from tes.prepare import PROTOCOLS, Protocol
 from tes.resume import differences as differing
-from tes.resume import lines, threads_of
+from tes.resume import lines, recorded_settings, threads_of
 from tes.run import Run, exclusive, refuse_out_among_images
 from tes.run_writer import Shared, write_thumbnails
 from tes.settle import check_needs, settle
@@ -137,6 +137,7 @@ def compare(
         return Comparison(folder, plan)
     _continue_or_start(folder, plan)
     cells = plan.cells()
+    _refuse_other_rates(settings, loaded, plan, folder)
     scored = _Scored(settings, loaded, how)
     missing = [cell for cell in cells if not _is_done(cell_folder(folder, *cell), scored, *cell)]
     if missing and len(missing) < len(cells):
@@ -200,6 +201,30 @@ def _keep_thumbnails(comparison: Comparison, loaded: Loaded) -> None:
     wanted = often_wrong((run.predictions(plan.split), run.summary["default_head"]) for run in runs)
     folder = comparison.path / "shared" / "thumbnails"
     write_thumbnails(folder, loaded.dataset, wanted, with_test=plan.split == "test")
+
+
+def _refuse_other_rates(settings: Settings, loaded: Loaded, plan: Plan, folder: Path) -> None:
+    """Refuse to go on with cells that were trained at a default learning rate of former days.
+
+    Raises:
+        RunError: There is such a cell; a search chooses its own rates, and is not asked.
+    """
+    for shots in plan.shots if plan.num_trials == 1 else ():
+        cells = ((shots, seed, arm) for seed in plan.seeds for arm in (*plan.arms, *plan.added))
+        done = next((cell for cell in cells if (cell_folder(folder, *cell) / "run.json").is_file()), None)
+        if done is None:
+            continue
+        with contextlib.suppress(TesError):  # a damaged cell is done again
+            there = recorded_settings(cell_folder(folder, *done)).optim.learning_rate
+            here = _settled(settings, loaded, done[2], shots, done[1]).optim.learning_rate
+            if there != here:
+                break
+    else:
+        return
+    raise RunError(
+        f"The cells at `{shots}` shots in `{folder}` were trained at the learning rate {there}, the default of that"
+        f" day, which is {here} now; choose another --out."
+    )
 
 
 class _Scored:
