@@ -256,18 +256,12 @@ def resample_images(
     effects_R = np.full(num_resamples, effect)
     for label, number in zip(*np.unique(label_N, return_counts=True)):
         if fewest_C[label] < MIN_OF_CLASS:
-            for weight, times in zip(*np.unique(weight_N[label_N == label], return_counts=True)):
-                effects_R += weight * _sums(rng, deviation_N, times, num_resamples)
+            effects_R += rng.choice(deviation_N, (num_resamples, number)) @ weight_N[label_N == label]
         else:
-            effects_R += _sums(rng, share_N[label_N == label], number, num_resamples)
+            # Images of equal share are interchangeable, and there are few different ones: draw how often each comes.
+            shares, counts = np.unique(share_N[label_N == label], return_counts=True)
+            effects_R += rng.multinomial(number, counts / number, num_resamples) @ shares
     return effects_R
-
-
-def _sums(rng: np.random.Generator, values: np.ndarray, num_draws: int, num_resamples: int) -> np.ndarray:
-    """Return R sums of values drawn with replacement."""
-    # Equal values are interchangeable, and there are few different ones: draw how often each comes.
-    distinct, counts = np.unique(values, return_counts=True)
-    return rng.multinomial(num_draws, counts / counts.sum(), num_resamples) @ distinct
 
 
 def _one_label_each(
