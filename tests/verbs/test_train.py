@@ -642,19 +642,19 @@ def test_many_images_a_class_get_a_larger_learning_rate(settings, photos, tmp_pa
     flags = {"objective": "ce", "train": "all"}
     few = dry_run(settings(**flags))  # 24 of 36 images are trained on
     assert few.optim.learning_rate == few.optim.head_learning_rate == pytest.approx(1e-4)
-    assert "8 images a class (below 16)" in capsys.readouterr().err
+    assert "8 images a class (below 32)" in capsys.readouterr().err
     only = settings(**flags, data__only_classes=("red_square", "blue_square"))
     assert dry_run(only).optim.learning_rate == pytest.approx(1e-4)
-    many = tmp_path / "many"  # 24 a class, of which 16 are trained on
+    many = tmp_path / "many"  # 48 a class, of which 32 are trained on
     for label in ("red_square", "blue_square"):
-        for copy in range(2):
+        for copy in range(4):
             shutil.copytree(photos / label, many / label / str(copy))
     for number, path in enumerate(sorted(many.rglob("*.png"))):  # not the same photo twice
         with Image.open(path) as image:
-            image.rotate(90 * (number % 4)).resize((40 + number % 7, 40)).save(path)
+            image.rotate(90 * (number % 4)).resize((40 + number % 24, 40 + number // 48)).save(path)
     config = dry_run(settings(**flags, data__source=str(many)))
     assert config.optim.learning_rate == pytest.approx(3e-4)
-    assert "16 images a class (at least 16)" in capsys.readouterr().err
+    assert "32 images a class (at least 32)" in capsys.readouterr().err
     random = dry_run(settings(**flags, start="random", data__source=str(many)))
     assert random.optim.learning_rate == pytest.approx(3e-4)  # three times in any case
 
