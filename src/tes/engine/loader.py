@@ -10,7 +10,7 @@ import hashlib
 import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -100,7 +100,9 @@ def eval_batches(dataset: Dataset, indices: np.ndarray, images: ImageSettings, c
     reader = _Reader(dataset, eval_transform(images), seed=None)
     num_parts = math.ceil(len(indices) / compute.eval_batch_size) or 1
     batches = [[(0, int(index)) for index in part] for part in np.array_split(indices, num_parts)]
-    yield from _load(reader, batches, compute)
+    # To start a process takes as long as to read a batch: no more of them than batches, and none for one.
+    num_workers = min(compute.num_workers, num_parts) if num_parts > 1 else 0
+    yield from _load(reader, batches, replace(compute, num_workers=num_workers))
 
 
 def train_batches(
