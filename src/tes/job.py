@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import shutil
 import time
 from collections.abc import Callable, MutableMapping
@@ -31,6 +30,7 @@ from tes.predictions import Predictions, in_common
 from tes.prepare import VAL_SELECTED, Job, Protocol, prepare
 from tes.run import FORMAT
 from tes.search import choose, draw_trials, space
+from tes.statistics import standard_error
 
 PAPER_EPOCHS = 5
 """The authors' code looks at the test split every so many epochs."""
@@ -270,19 +270,15 @@ def _say_what_steps_did(job: Job, fitted: Fitted, metrics: dict[str, dict[str, A
         return
     head, metric = fitted.learner.objective.default_head, job.dataset.metric
     before, after = (figures[head][metric] for figures in (fitted.started, fitted.ended or metrics["val"]))
+    num_images = len(job.choosing)
+    error = standard_error(np.array([before * num_images]), np.array([num_images]))
     moved = f"on val from {before:.1%} (the head that it started from) to {after:.1%} {METRICS[metric]}"
-    if job.config.start_fallback == "val" and before >= after:
+    if job.config.start_fallback == "val" and fitted.fell_back(metric):
         console.warn(f"the steps took it {moved}: the start is shipped, as `start_fallback` says")
-    elif before - after > _margin(before, len(job.choosing)):
+    elif before - after > 2 * error:
         console.warn(f"the steps took it down, {moved}: try a lower --lr, --train head, or --set start_fallback=val")
     else:
         console.note(f"the steps took it {moved}")
-
-
-def _margin(accuracy: float, num_images: int) -> float:
-    """Return two standard errors of an accuracy (after Agresti and Coull 1998: none right or wrong is not certain)."""
-    share = (accuracy * num_images + 1) / (num_images + 2)
-    return 2 * math.sqrt(share * (1 - share) / num_images)
 
 
 def _refit(job: Job, journal: _Journal) -> Fitted:
@@ -322,10 +318,7 @@ def _summary(job: Job, fitted: Fitted, shipped: Fitted, metrics: dict[str, Any])
     if dataset.lost:
         summary["lost"] = [{"path": dataset.paths[index], "reason": why} for index, why in sorted(dataset.lost.items())]
     if config.start_fallback == "val":
-        assert fitted.started is not None and fitted.ended is not None, "both were looked at"
-        head = fitted.learner.objective.default_head
-        before, after = (figures[head][dataset.metric] for figures in (fitted.started, fitted.ended))
-        summary["shipped"] = "trained" if after > before else "start"
+        summary["shipped"] = "start" if fitted.fell_back(dataset.metric) else "trained"
         summary["start_fallback"] = {"start": fitted.started, "trained": fitted.ended}
     if fitted.trust_C is not None:
         summary["prior"] = {

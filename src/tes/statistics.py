@@ -298,6 +298,20 @@ def _paired_by_path(arm: Answers, ce: Answers) -> np.ndarray:
     return arm.is_correct[rows].astype(np.float64) - ce.is_correct
 
 
+def standard_error(right_C: np.ndarray, num_C: np.ndarray) -> float:
+    """Return that of a mean per class accuracy, to which a class of few images adds the more.
+
+    Each class is given one more success and one more failure (after Agresti and Coull 1998): two images say little.
+
+    Args:
+        right_C: How many images of each class were classified rightly.
+        num_C: How many there were; classes without any do not count.
+    """
+    right, number = right_C[num_C > 0], num_C[num_C > 0]
+    share = (right + 1) / (number + 2)
+    return float(np.sqrt((share * (1 - share) / number).sum()) / len(number))
+
+
 def sentence(
     subject: str,
     effect: Effect,

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 import tes
 from tes.config import load_config
 from tes.errors import ConfigError
-from tes.verbs.text import standard_error
+from tes.statistics import standard_error
 
 
 @pytest.fixture

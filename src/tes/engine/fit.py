@@ -72,6 +72,12 @@ class Fitted:
     started: dict[str, Any] | None = None
     ended: dict[str, Any] | None = None
 
+    def fell_back(self, metric: str) -> bool:
+        """Whether the steps did not beat the head that they started from: the rule of `start_fallback: val`."""
+        assert self.started is not None and self.ended is not None, "with `start_fallback: val` both are looked at"
+        head = self.learner.objective.default_head
+        return bool(self.ended[head][metric] <= self.started[head][metric])
+
 
 def head_problem(config: Config, prior: Prior | None, class_weight_C: Tensor | None = None) -> HeadProblem:
     """Return the convex problem that `start` names."""

@@ -17,6 +17,7 @@ from tes.engine.solve import HeadProblem, Prior
 from tes.loaded import Loaded
 from tes.objectives import objectives
 from tes.settle import settle
+from tes.statistics import standard_error
 from tes.text.vocabulary import NearestSource
 
 MAX_IMAGES = 2000
@@ -85,20 +86,6 @@ def _zero_shot(config: Config, loaded: Loaded) -> dict[str, Any]:
         ],
     }
     return result | {"sentences": _sentences(result)}
-
-
-def standard_error(right_C: np.ndarray, num_C: np.ndarray) -> float:
-    """Return that of the mean per class: a class of few images adds as much to it as its few images allow.
-
-    Each class is given one more success and one more failure (after Agresti and Coull 1998): two images say little.
-
-    Args:
-        right_C: How many images of each class were classified rightly.
-        num_C: How many there were; classes without any do not count.
-    """
-    right, number = right_C[num_C > 0], num_C[num_C > 0]
-    share = (right + 1) / (number + 2)
-    return float(np.sqrt((share * (1 - share) / number).sum()) / len(number))
 
 
 def _known_apart(accuracy_C: np.ndarray, nearest: list[NearestSource] | None) -> dict[str, Any]:
