@@ -2,7 +2,7 @@
 
     python benchmarks/wide_finetuning.py SHARED flowers.csv F.jsonl --seeds 3 --first-seed 10 --processes 14
 
-EfficientNet-Lite0 at 160 px, everything else as `tes train` decides it; flowers.csv comes from flowers_csv.py. Every
+EfficientNet-Lite0 at 160 px, no refit, the rest as `tes train` decides it; flowers.csv comes from flowers_csv.py. Every
 training leaves a row in F.jsonl and is not repeated where its row is there; seed by seed, so that it can be stopped.
 Meant for a machine with a GPU: on two cores a seed takes hours.
 """
@@ -12,14 +12,14 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from trainings import Record, Training, print_table
+from trainings import Record, Training
 
 from tes.config import arm_flags
 
 SETTINGS = ("caltech101-1", "caltech101-4", "caltech101-16", "grocery-4", "grocery-all", "flowers-4", "flowers-all")
 ARMS = ("ce", "ce+probe+prior", "tes", "tes@random-text", "tes@permuted-text", "label_smoothing", "bi_tuning")
 HEAD_ARMS = ("ce", "tes")
-"""With the backbone fixed, beside those that train it: a user who has a GPU gets the latter by default."""
+"""With the backbone fixed, beside `--arms`, which train it: a user who has a GPU gets the latter by default."""
 
 
 def main() -> None:
@@ -60,12 +60,10 @@ def main() -> None:
     record.do(list(wanted.values()), arguments.processes)
     for setting in settings:
         by_arm = {
-            arm if train == "all" else f"{arm}, head alone": [
-                record.figures(wanted[setting, arm, train, seed])[arguments.split] for seed in seeds
-            ]
+            arm if train == "all" else f"{arm}, head alone": [wanted[setting, arm, train, seed] for seed in seeds]
             for arm, train in columns
         }
-        print_table(setting, by_arm, arms[0])
+        record.print_table(setting, by_arm, arguments.split)
 
 
 if __name__ == "__main__":

@@ -73,7 +73,7 @@ class Shared:
 def write_inputs(folder: Path, config: Config, images: ImageSettings) -> None:
     """Write what the run is about to be: settings, machine, how images are prepared."""
     write_atomic(folder / "config.yaml", config.to_yaml())
-    write_json(folder / "env.json", environment())
+    write_json(folder / "env.json", environment(config.device))
     write_json(folder / "preprocess.json", images.to_dict())
 
 
@@ -190,8 +190,9 @@ def write_head(path: Path, head: LinearHead) -> None:
     _save_tensors(path, {"weight": head.weight_CF, "bias": head.bias_C})
 
 
-def environment() -> dict[str, Any]:
-    """Return versions, hardware, the state of the code and the command that was given."""
+def environment(device: str | None = None) -> dict[str, Any]:
+    """Return versions, hardware, the state of the code and the command that was given; of `device`, or the best one."""
+    is_gpu = torch.cuda.is_available() if device is None else device == "cuda"
     versions: dict[str, str | None] = {}
     for package in PACKAGES:
         try:
@@ -203,8 +204,8 @@ def environment() -> dict[str, Any]:
         "git": git_state(),
         "python": platform.python_version(),
         "platform": platform.platform(),
-        "processor": torch.cuda.get_device_name() if torch.cuda.is_available() else _processor(),
-        "cuda": torch.version.cuda if torch.cuda.is_available() else None,
+        "processor": torch.cuda.get_device_name() if is_gpu else _processor(),
+        "cuda": torch.version.cuda if is_gpu else None,
         "num_cores": os.cpu_count(),
         "num_threads": torch.get_num_threads(),
         "packages": versions,

@@ -53,10 +53,11 @@ def test_a_solved_head_is_the_cpus():
 
 
 @pytest.mark.parametrize("arm", [{"objective": "ce"}, {"objective": "tes"}, {"objective": "tes", "train": "head"}])
-def test_a_training_in_float32_goes_the_cpus_way(arm, train):
-    # So small a rate that what TF32 rounds off (a GPU's float32 convolutions keep ten bits) does not grow.
+def test_a_training_in_float32_goes_the_cpus_way(arm, train, monkeypatch):
+    # TF32, which a GPU's float32 convolutions use by default, keeps ten bits: the two would drift apart.
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
     flags = {"precision": "fp32", "optim__name": "sgd"} | arm
-    flags |= {} if "train" in arm else {"optim__learning_rate": 1e-4}
+    flags |= {} if "train" in arm else {"optim__learning_rate": 1e-3}
     ours, its = train("gpu", **flags), train("cpu", "cpu", **flags)
     assert ours.settings["device"] == "cuda" and its.settings["device"] == "cpu"
     if "train" not in arm:
@@ -94,7 +95,7 @@ def test_every_option_of_a_step_works(option, train):
     assert np.isfinite(logits(train("run", objective="tes", **option))).all()
 
 
-@pytest.mark.parametrize(("precision", "tolerance"), [("fp32", 0.02), ("bf16", 0.15)])
+@pytest.mark.parametrize(("precision", "tolerance"), [("fp32", 0.02), ("bf16", 0.1)])
 def test_what_a_gpu_trained_is_opened_where_there_is_none(precision, tolerance, train, photos):
     run = train("run", precision=precision, objective="tes")
     blind = os.environ | {"CUDA_VISIBLE_DEVICES": ""}
@@ -105,8 +106,10 @@ def test_what_a_gpu_trained_is_opened_where_there_is_none(precision, tolerance, 
     assert len(rows) == 36
     probs = {row.path: row for row in tes.Classifier.from_run(run).predict([row["path"] for row in rows])}
     for row in rows:
-        assert float(row["prob"]) == pytest.approx(probs[row["path"]].prob, abs=tolerance)
-        assert row["label"] == probs[row["path"]].label or float(row["prob"]) < 0.5 + tolerance
+        ours = probs[row["path"]]
+        assert float(row["prob"]) == pytest.approx(ours.prob, abs=tolerance)
+        (_, first), (_, second), *_ = ours.top5
+        assert row["label"] == ours.label or first - second < 2 * tolerance, "but where two classes are nearly level"
 
 
 def test_the_same_training_twice_leaves_the_same_weights(train):
