@@ -37,7 +37,9 @@ def against_ce(
     plain = asked.replace({"objective": {"name": "ce"}, "start": "probe", "start_fallback": "none"} | own)
     plain = settle(plain, job.dataset, loaded.backbone, objectives.get("ce"), loaded.source_text, len(job.train)).config
     other = fit(plain, replace(given, prior=None), job.train, log=log, checkpoint=checkpoint).learner
-    ours, theirs = in_common([predict(which, job.dataset, job.choosing, job.frozen) for which in (learner, other)])
+    ours, theirs = in_common(
+        [predict(which, job.dataset, job.choosing, job.frozen, job.given.memory) for which in (learner, other)]
+    )
     head, metric = learner.objective.default_head, job.dataset.metric
     pair = (Answers.of(ours, head), Answers.of(theirs, "vision"))
     interval = bootstrap_images([pair], metric)

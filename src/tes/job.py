@@ -17,6 +17,7 @@ from tes import console, resume, run_writer
 from tes.card import model_card
 from tes.config import CheckpointConfig, Config
 from tes.engine.checkpoint import Checkpoint
+from tes.engine.features import FrozenFeatures
 from tes.engine.fit import Fitted, fit
 from tes.engine.learner import Learner
 from tes.engine.loader import steps_per_epoch
@@ -206,8 +207,8 @@ def _train_trial(number: int, settings: dict[str, Any], job: Job, journal: _Jour
         log = journal.log_with({"trial": settings})
     coarse = run_writer.coarse_names(job.dataset)
 
-    def evaluate(learner: Learner) -> dict[str, Any]:
-        return evaluate_split(predict(learner, job.dataset, job.choosing), coarse)
+    def evaluate(learner: Learner, features: FrozenFeatures | None) -> dict[str, Any]:
+        return evaluate_split(predict(learner, job.dataset, job.choosing, features, job.given.memory), coarse)
 
     on_test = job.protocol.selects_on_test
     looks_every = PAPER_EPOCHS * steps_per_epoch(len(job.train), job.config.optim.batch_size) if on_test else None
@@ -224,7 +225,7 @@ def _train_trial(number: int, settings: dict[str, Any], job: Job, journal: _Jour
     )
     predictions = None
     if len(job.choosing) and job.protocol.num_trials > 1:
-        predictions = predict(fitted.learner, job.dataset, job.choosing, job.frozen)
+        predictions = predict(fitted.learner, job.dataset, job.choosing, job.frozen, job.given.memory)
     return _Trial(settings, job, fitted, fitted.learner.objective.default_head, predictions)
 
 
@@ -258,7 +259,7 @@ def _score(
     said: dict[str, Predictions] = {}
     metrics: dict[str, dict[str, Any]] = {}
     for split, indices in job.protocol.scored(job.dataset, job.config.data).items():
-        said[split] = predict(fitted.learner, job.dataset, indices, job.frozen)
+        said[split] = predict(fitted.learner, job.dataset, indices, job.frozen, job.given.memory)
         metrics[split] = run_writer.write_predictions(folder, split, said[split], job.dataset)
         journal.log({"split": split, "step": job.config.optim.num_steps or 0, "heads": metrics[split]})
     return said, metrics

@@ -12,6 +12,7 @@ from tes.config import PRIOR_STARTS, Config, TextConfig
 from tes.data.dataset import Dataset
 from tes.engine.compute import Compute
 from tes.engine.features import FrozenFeatures
+from tes.engine.memory import ImageMemory
 from tes.engine.prior import CONTROLS, carry_rows, predict_rows
 from tes.engine.solve import Prior
 from tes.errors import TextError
@@ -34,10 +35,12 @@ class Loaded:
     Attributes:
         dataset: Opened, with its official or carved splits; shots are drawn from it per run.
         backbone: Pre-trained.
+        memory: Images that are read already.
     """
 
     dataset: Dataset
     backbone: Backbone
+    memory: ImageMemory = field(default_factory=ImageMemory)
     _texts: dict[TextConfig, TextClassifier] = field(default_factory=dict)
     _warnings: dict[TextConfig, list[str]] = field(default_factory=dict)
     _sources: dict[TextConfig, SourceText | SharedSpace | str] = field(default_factory=dict)

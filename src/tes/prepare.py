@@ -191,7 +191,12 @@ def prepare(
         _note_all(["decided for you:", *settled.reasons])
     rows_CD = torch.from_numpy(class_text.Z) if class_text is not None else None
     given = Given(
-        dataset, loaded.features(settled.compute), rows_CD, loaded.prior(config), {} if store is None else store
+        dataset,
+        loaded.features(settled.compute),
+        rows_CD,
+        loaded.prior(config),
+        {} if store is None else store,
+        loaded.memory,
     )
     return Job(
         asked=asked,

@@ -39,6 +39,7 @@ from tes.models.backbone import Backbone, build_network, load_backbone, own_netw
 from tes.models.checkpoint import load_strictly, read_weights, run_weights
 from tes.models.image_settings import ImageSettings
 from tes.models.layers import freeze_all_but_last
+from tes.models.precision import emulates_bf16
 from tes.objectives.base import ModelOutput, Objective
 from tes.objectives.text_head import TextHead
 from tes.predictions import HEADS
@@ -381,13 +382,16 @@ def _checked_head(weight_CF: Tensor, bias_C: Tensor, shape: tuple[int, ...], wha
 
 
 def recorded_compute(run: Run) -> Compute:
-    """Return the arithmetic that the run was trained in where this machine has its device, else plain fp32."""
+    """Return the arithmetic that the run was trained in where this machine has its device, else plain fp32.
+
+    bf16 only where the device has instructions for it.
+    """
     device, _ = resolve_device("auto")
     num_workers, _ = resolve_workers(None, device)
     recorded = run.settings
     if recorded.get("device") != device:
         return Compute(device, "fp32", "contiguous", num_workers)
-    precision = "bf16" if recorded.get("precision") == "bf16" else "fp32"
+    precision = "bf16" if recorded.get("precision") == "bf16" and not emulates_bf16(device) else "fp32"
     layout = "channels_last" if recorded.get("memory_format") == "channels_last" else "contiguous"
     return Compute(device, precision, layout, num_workers)
 

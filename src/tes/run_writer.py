@@ -12,6 +12,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -273,12 +274,14 @@ def write_thumbnails(folder: Path, dataset: Dataset, wanted: Sequence[str], with
     with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as scratch:
         written = Path(scratch) / folder.name
         written.mkdir()
-        for index in chosen:
-            try:
-                image = dataset.read_image(int(index))
-            except DataError:  # gone since it was trained on: no reason to lose the training
-                continue
-            image.thumbnail((THUMBNAIL_SIDE, THUMBNAIL_SIDE))
-            image.save(written / f"{dataset.sha1s[index]}.jpg", quality=80)
+
+        def write(index: int) -> None:
+            with contextlib.suppress(DataError):  # gone since it was trained on: no reason to lose the training
+                image = dataset.read_image(index, max_side_hint=2 * THUMBNAIL_SIDE)
+                image.thumbnail((THUMBNAIL_SIDE, THUMBNAIL_SIDE))
+                image.save(written / f"{dataset.sha1s[index]}.jpg", quality=80)
+
+        with ThreadPoolExecutor() as pool:
+            list(pool.map(write, map(int, chosen)))
         shutil.rmtree(folder, ignore_errors=True)
         written.replace(folder)

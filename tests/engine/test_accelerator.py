@@ -8,6 +8,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.utils.data._utils.pin_memory import pin_memory
 
+import tes
+from tes import reopen
 from tes.engine.average import WeightAverage
 from tes.engine.compute import Compute
 from tes.engine.fit import head_problem
@@ -147,3 +149,11 @@ def test_a_head_that_does_not_fit_an_accelerator_is_solved_on_the_cpu(monkeypatc
     monkeypatch.setattr(Standardizer, "fit", too_large_at_first)
     assert torch.equal(HeadProblem(0.3).solve(features, target).head.weight_CF, expected.head.weight_CF)
     assert "solved on the CPU" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("has_bf16", [True, False])
+def test_a_run_in_bf16_is_opened_in_fp32_where_bf16_is_only_emulated(monkeypatch, photos, resnet, tmp_path, has_bf16):
+    flags = {"data.source": str(photos), "objective": "ce", "train": "head", "precision": "bf16", "device": "cpu"}
+    run = tes.train(tes.load_config(flags=resnet | flags | {"out": str(tmp_path / "run")}), against=False)
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: has_bf16)
+    assert reopen.recorded_compute(run).precision == ("bf16" if has_bf16 else "fp32")

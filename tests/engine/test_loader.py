@@ -12,8 +12,10 @@ import torch
 
 from tes import data
 from tes.config import AugmentConfig, DataConfig
+from tes.engine import loader
 from tes.engine.compute import Compute
 from tes.engine.loader import eval_batches, order, steps_per_epoch, train_batches
+from tes.engine.memory import ImageMemory
 from tes.errors import DataError
 from tes.models.image_settings import ImageSettings
 
@@ -29,13 +31,20 @@ def dataset(photos):
     return data.load(DataConfig(source=str(photos)))
 
 
-def batches(dataset, num_workers=0, first_step=0, num_steps=5, seed=0, images=IMAGES, augment=None, two_views=False):
-    return list(
-        train_batches(
-            dataset, dataset.indices("train"), images, augment or AugmentConfig(), compute(num_workers),
-            batch_size=10, num_steps=num_steps, seed=seed, first_step=first_step, two_views=two_views,
-        )
+def reading(dataset, num_workers=0, first_step=0, num_steps=5, seed=0, images=IMAGES, augment=None, **more):
+    return train_batches(
+        dataset, dataset.indices("train"), images, augment or AugmentConfig(), compute(num_workers),
+        batch_size=10, num_steps=num_steps, seed=seed, first_step=first_step, **more,
     )  # fmt: skip
+
+
+def batches(dataset, num_workers=0, **more):
+    return list(reading(dataset, num_workers, **more))
+
+
+def assert_same(ones, others):
+    for one, other in zip(ones, others, strict=True):
+        assert torch.equal(one.images_B3HW, other.images_B3HW) and torch.equal(one.indices_B, other.indices_B)
 
 
 def test_an_epoch_sees_every_image_and_its_last_batch_wraps_round():
@@ -79,8 +88,7 @@ def test_workers_and_a_start_in_the_middle_change_nothing(dataset, size):
     plain = batches(dataset, images=images)
     workers, middle = ({"num_workers": 2}, {"first_step": 2})
     for other in (batches(dataset, images=images, **workers), [*plain[:2], *batches(dataset, images=images, **middle)]):
-        for one, two in zip(plain, other, strict=True):
-            assert torch.equal(one.images_B3HW, two.images_B3HW) and torch.equal(one.indices_B, two.indices_B)
+        assert_same(plain, other)
 
 
 def test_an_image_is_augmented_anew_in_every_epoch_and_seed(dataset):
@@ -131,6 +139,73 @@ def test_micro_batches_are_the_batch_in_order(dataset, two_views):
     for name, whole in vars(batch).items():
         pieces = [getattr(part, name) for part in parts]
         assert pieces == [None] * 3 if whole is None else torch.equal(torch.cat(pieces), whole)
+
+
+@pytest.mark.skipif(not loader.CAN_FORK, reason="processes that are not forked share no memory")
+@pytest.mark.parametrize("size", [32, 16])
+def test_processes_read_no_image_that_was_read_ahead(losing, size):
+    images = dataclasses.replace(IMAGES, size=size)
+    expected = batches(losing, images=images)
+    ahead = reading(losing, 2, images=images)
+    for index in losing.indices("train"):
+        take_away(losing, index)
+    assert_same(expected, list(ahead))
+    assert losing.lost == {}
+
+
+def test_the_next_training_finds_what_this_one_has_read_in_the_memory(losing):
+    memory = ImageMemory()
+    expected = batches(losing, memory=memory)
+    for index in losing.indices("train"):
+        take_away(losing, index)
+    assert_same(expected, batches(losing, memory=memory))
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_a_memory_with_room_for_some_changes_nothing(dataset, num_workers):
+    size = 40 * 48 * 3
+    memory = ImageMemory(room=3 * size + 1)
+    expected = batches(dataset)
+    assert_same(expected, batches(dataset, num_workers, memory=memory))
+    assert memory.room == 1, "three images are in it"
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_a_second_evaluation_reads_no_image(losing, num_workers):
+    indices, memory = np.arange(len(losing.paths)), ImageMemory()
+    first = list(eval_batches(losing, indices, IMAGES, compute(num_workers), memory))
+    for index in indices:
+        take_away(losing, index)
+    assert_same(first, list(eval_batches(losing, indices, IMAGES, compute(num_workers), memory)))
+    assert losing.lost == {}
+    other = dataclasses.replace(IMAGES, size=16)
+    assert list(eval_batches(losing, indices[:2], other, compute(), memory)) == [], "prepared otherwise, it is another"
+
+
+def test_an_evaluation_starts_no_process_that_would_have_nothing_to_read(dataset, monkeypatch):
+    started = []
+
+    class Spy(loader.DataLoader):
+        def __init__(self, *args, num_workers, **more):
+            started.append(num_workers)
+            super().__init__(*args, num_workers=num_workers, **more)
+
+    monkeypatch.setattr(loader, "DataLoader", Spy)
+    for num_images, expected in {0: 0, 16: 0, 17: 2, 36: 2}.items():  # 16 images a batch
+        seen = list(eval_batches(dataset, np.arange(num_images), IMAGES, compute(num_workers=2)))
+        assert sum(len(batch.labels_B) for batch in seen) == num_images and started.pop() == expected
+
+
+@pytest.mark.parametrize(("free", "expected"), [(10**9, 2), (6 * 10 * 3 * 32**2, 2), (5 * 10 * 3 * 32**2, 1), (0, 0)])
+def test_no_more_processes_read_than_shared_memory_has_room_for(dataset, monkeypatch, capsys, tmp_path, free, expected):
+    monkeypatch.setattr(loader, "SHARED_MEMORY", tmp_path)
+    monkeypatch.setattr(loader.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**9, 0, free))
+    loader._say_affordable.cache_clear()
+    started = loader._affordable(2, 10 * 3 * 32**2)
+    assert started == expected
+    assert_same(batches(dataset), batches(dataset, num_workers=2))
+    said = f"{expected} instead of 2 processes read images"
+    assert capsys.readouterr().err.count(said) == (1 if expected < 2 else 0)
 
 
 @pytest.fixture

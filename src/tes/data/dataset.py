@@ -102,15 +102,15 @@ class Dataset:
         """Return the images of a split, ascending."""
         return np.flatnonzero(self.splits == split)
 
-    def read_image(self, index: int) -> Image.Image:
-        """Return image `index`, upright RGB.
+    def read_image(self, index: int, max_side_hint: int | None = None) -> Image.Image:
+        """Return image `index`, upright RGB, decoded in full unless there is a hint, see `decode`.
 
         Raises:
             LostImageError: It can no longer be read.
         """
         sample = Sample(self.paths[index], self.classes[self.labels[index]].label)
         try:
-            return decode(self.source.read(sample))
+            return decode(self.source.read(sample), max_side_hint)
         except (OSError, UnreadableImageError) as problem:
             reason = getattr(problem, "reason", None) or getattr(problem, "strerror", None) or str(problem)
             raise LostImageError(sample.path, self.name, str(reason).lower()) from None

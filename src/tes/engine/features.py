@@ -20,6 +20,7 @@ from tes import console
 from tes.data.dataset import Dataset, LostImageError
 from tes.engine.compute import Compute
 from tes.engine.loader import eval_batches
+from tes.engine.memory import ImageMemory
 from tes.files import NPZ_DAMAGE, cache_dir, replacing, sha256_text
 from tes.models.backbone import Backbone
 
@@ -67,7 +68,7 @@ class FrozenFeatures:
         if known and missing:
             console.note(f"features: {len(indices) - len(missing)} of {len(indices)} found in the cache")
         wanted = np.array(missing, dtype=np.int64)
-        computed = _features(self.backbone, self.dataset, wanted, self.compute, "features") if missing else ()
+        computed = _features(self.backbone, self.dataset, wanted, self.compute) if missing else ()
         for part in _gathered(computed, SHARD):
             rows = {sha1s[index]: row for index, row in part}
             self._store.write(list(rows), np.stack(list(rows.values())))
@@ -79,26 +80,27 @@ class FrozenFeatures:
 
 
 def compute_features(
-    backbone: Backbone, dataset: Dataset, indices: np.ndarray, compute: Compute, label: str = "features"
+    backbone: Backbone, dataset: Dataset, indices: np.ndarray, compute: Compute, memory: ImageMemory | None = None
 ) -> Tensor:
     """Run the backbone over the images as at test time; return features (N, F), float32 on the CPU.
 
-    The row of an image that can no longer be read is NaN; `dataset.present` tells which.
+    The row of an image that can no longer be read is NaN; `dataset.present` tells which. `memory` is for images that
+    others will ask for as well.
     """
     rows_NF = torch.full((len(indices), backbone.num_features), torch.nan)
     row_of = {int(index): row for row, index in enumerate(indices)}
-    for index, row_F in _features(backbone, dataset, indices, compute, label):
+    for index, row_F in _features(backbone, dataset, indices, compute, memory):
         rows_NF[row_of[index]] = torch.from_numpy(row_F)
     return rows_NF
 
 
 def _features(
-    backbone: Backbone, dataset: Dataset, indices: np.ndarray, compute: Compute, label: str
+    backbone: Backbone, dataset: Dataset, indices: np.ndarray, compute: Compute, memory: ImageMemory | None = None
 ) -> Iterator[tuple[int, np.ndarray]]:
     """Yield (index, feature (F,)) of every image that can be read, as they are computed."""
     compute.place(backbone).eval()
-    with console.progress(len(indices), label) as progress:
-        for batch in eval_batches(dataset, indices, backbone.images, compute):
+    with console.progress(len(indices), "features") as progress:
+        for batch in eval_batches(dataset, indices, backbone.images, compute, memory):
             with torch.inference_mode(), compute.autocast():
                 features_BF = backbone(compute.images(batch.images_B3HW))
             yield from zip(batch.indices_B.tolist(), features_BF.float().cpu().numpy())

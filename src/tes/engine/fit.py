@@ -22,6 +22,7 @@ from tes.engine.compute import seed_everything
 from tes.engine.features import FrozenFeatures
 from tes.engine.learner import Learner, one_hot
 from tes.engine.loader import steps_per_epoch, train_batches
+from tes.engine.memory import ImageMemory
 from tes.engine.mix import mixed
 from tes.engine.solve import HeadProblem, Prior, Solution
 from tes.engine.start import random_head
@@ -30,6 +31,8 @@ from tes.metrics import METRICS
 from tes.models.layers import freeze_all_but_last
 from tes.objectives import objectives
 from tes.objectives.base import Objective, ObjectiveContext
+
+Evaluate = Callable[[Learner, FrozenFeatures | None], dict[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -42,6 +45,7 @@ class Given:
         class_text_CD: The text classifier's rows, for objectives that need them.
         prior: The text prior, for starts that use it.
         store: What one arm of a comparison has solved and another can use (`ObjectiveContext.store`).
+        memory: Images that are read already; each training adds those it reads.
     """
 
     dataset: Dataset
@@ -49,6 +53,7 @@ class Given:
     class_text_CD: Tensor | None = None
     prior: Prior | None = None
     store: MutableMapping[str, Any] = field(default_factory=dict)
+    memory: ImageMemory = field(default_factory=ImageMemory)
 
 
 @dataclass(frozen=True)
@@ -92,7 +97,7 @@ def fit(
     indices: np.ndarray,
     *,
     log: Callable[[dict[str, Any]], None] = lambda row: None,
-    evaluate: Callable[[Learner], dict[str, Any]] | None = None,
+    evaluate: Evaluate | None = None,
     evaluate_every: int | None = None,
     evaluated: str = "val",
     keep_best: bool = False,
@@ -105,7 +110,8 @@ def fit(
         given: Data, features, text, prior. The backbone is copied before it is trained.
         indices: Which images to train on; none at 0 shots.
         log: Called with rows for metrics.jsonl.
-        evaluate: Scores the learner as it stands, now and then over a training that takes steps.
+        evaluate: Scores the learner as it stands, now and then over a training that takes steps; it is handed the
+            features too while they are still those of the learner's backbone.
         evaluate_every: After how many steps; None: after each fifth of them.
         evaluated: The split that `evaluate` looks at, as the rows name it.
         keep_best: End with the weights that `evaluate` liked best (by the data's metric), not with the last ones.
@@ -139,10 +145,11 @@ def fit(
         return Fitted(learner, start, solution.trust_C, figures)
     figures = {} if features_NF is None else objective.warm_start(features_NF, target_NC)
     _note(objective, figures)
+    features_NF = target_NC = None  # room for the training, where they are on an accelerator
     rows = _train_network(
         learner,
         config,
-        dataset,
+        given,
         indices,
         log,
         evaluate,
@@ -238,17 +245,17 @@ def _solve_head(
 def _train_network(
     learner: Learner,
     config: Config,
-    dataset: Dataset,
+    given: Given,
     indices: np.ndarray,
     log: Callable[[dict[str, Any]], None],
-    evaluate: Callable[[Learner], dict[str, Any]] | None,
+    evaluate: Evaluate | None,
     evaluate_every: int | None,
     evaluated: str,
     keep_best: bool,
     checkpoint: Checkpoint,
 ) -> list[dict[str, Any]]:
     """Take the steps, and return the rows that were logged."""
-    num_steps = config.optim.num_steps
+    dataset, num_steps = given.dataset, config.optim.num_steps
     assert num_steps is not None, "settle() has decided it"
     log, best = Log(log), Best(learner)
     checkpoint.parts["log"] = log
@@ -284,6 +291,7 @@ def _train_network(
         first_step=checkpoint.step,
         two_views="two_views" in learner.objective.needs,
         balanced=config.optim.sampling == "balanced",
+        memory=given.memory,
     )
     batches = mixed(
         batches,
@@ -308,7 +316,7 @@ def _train_network(
     def score(step: int) -> None:
         assert evaluate is not None
         with checkpoint.stoppable():
-            heads = evaluate(learner)
+            heads = evaluate(learner, given.features if step == 0 else None)
         log({"split": evaluated, "step": step, "epoch": round(step / per_epoch, 4), "heads": heads})
         shown = ", ".join(f"{head} {figures[dataset.metric]:.1%}" for head, figures in heads.items())
         console.note(f"step {step}/{num_steps}: {METRICS[dataset.metric]} {shown}")

@@ -6,11 +6,16 @@ the backbone normalises on the device. Shapes: B batch, N images, H = W = size.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import itertools
 import math
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, replace
+import shutil
+import sys
+from collections.abc import Callable, Hashable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -18,14 +23,21 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from tes import console
 from tes.config import AugmentConfig
 from tes.data.dataset import Dataset, LostImageError
 from tes.engine.balance import balanced_epoch
 from tes.engine.compute import Compute
+from tes.engine.memory import ImageMemory
 from tes.errors import DataError
 from tes.models.image_settings import ImageSettings
 
-CACHE_BYTES = 2 * 2**30
+READ_AHEAD = 16
+"""Images that each thread reads between two looks at how much room is left."""
+CAN_FORK = sys.platform == "linux"
+"""Elsewhere a process starts with nothing of this one's memory."""
+SHARED_MEMORY = Path("/dev/shm")
+"""Through which processes hand batches over, on Linux; a container's is small."""
 SMALL_IMAGES = 64
 """Up to this size in pixels, crops after padding (the CIFAR recipe); above, crops of random area and shape."""
 
@@ -95,14 +107,30 @@ def train_transform(images: ImageSettings, augment: AugmentConfig) -> Callable[[
     return v2.Compose(steps)
 
 
-def eval_batches(dataset: Dataset, indices: np.ndarray, images: ImageSettings, compute: Compute) -> Iterator[Batch]:
-    """Yield every image of `indices` exactly once, in order, as at test time; an image that is lost is left out."""
-    reader = _Reader(dataset, eval_transform(images), seed=None)
+def eval_batches(
+    dataset: Dataset, indices: np.ndarray, images: ImageSettings, compute: Compute, memory: ImageMemory | None = None
+) -> Iterator[Batch]:
+    """Yield every image of `indices` exactly once, in order, as at test time; an image that is lost is left out.
+
+    Args:
+        dataset: Which holds the images.
+        indices: Which of them.
+        images: How they are prepared.
+        compute: With the size of the batches.
+        memory: Takes up the prepared images, for those who come back for them.
+    """
+    reader = _EvalReader(dataset, images, memory or ImageMemory(room=0))
     num_parts = math.ceil(len(indices) / compute.eval_batch_size) or 1
-    batches = [[(0, int(index)) for index in part] for part in np.array_split(indices, num_parts)]
-    # To start a process takes as long as to read a batch: no more of them than batches, and none for one.
-    num_workers = min(compute.num_workers, num_parts) if num_parts > 1 else 0
-    yield from _load(reader, batches, replace(compute, num_workers=num_workers))
+    batches = [part.tolist() for part in np.array_split(indices, num_parts)]
+    # A process more than there are batches would have nothing to read, nor has any where all is in memory.
+    is_kept = all(reader.key(index) in reader.memory for index in indices.tolist())
+    num_workers = 0 if is_kept or num_parts == 1 else min(compute.num_workers, num_parts)
+    num_workers = _affordable(num_workers, len(batches[0]) * 3 * images.size**2)
+    for batch in _load(reader, batches, num_workers, compute):
+        if not is_kept:
+            for index, image in zip(batch.indices_B.tolist(), batch.images_B3HW):
+                reader.memory.keep(reader.key(index), image.clone(), image.nbytes)
+        yield batch
 
 
 def train_batches(
@@ -118,22 +146,23 @@ def train_batches(
     first_step: int = 0,
     two_views: bool = False,
     balanced: bool = False,
+    memory: ImageMemory | None = None,
 ) -> Iterator[Batch]:
-    """Yield the augmented batches of steps `first_step` to `num_steps`; a second view leaves the first as it is.
+    """Return the augmented batches of steps `first_step` to `num_steps`; a second view leaves the first as it is.
 
     In the place of an image that is lost comes another of its class, which one a function of (seed, epoch, index).
+    Where processes read, and more than one epoch is left, the images that `memory` has room for are read beforehand,
+    or each process would decode them anew in every epoch.
     """
-    reader = _Reader(
-        dataset,
-        train_transform(images, augment),
-        seed,
-        max_side=_useful_side(images, augment),
-        keeps=compute.num_workers == 0,
-        num_views=2 if two_views else 1,
-        pool=indices,
-    )
+    reader = _TrainReader(
+        dataset, images, augment, seed, memory or ImageMemory(), indices,
+        num_views=2 if two_views else 1, keeps=compute.num_workers == 0,
+    )  # fmt: skip
+    if compute.num_workers and CAN_FORK and num_steps - first_step > steps_per_epoch(len(indices), batch_size):
+        reader.read_ahead(compute.num_workers)
     steps = order(indices, batch_size, num_steps, seed, dataset.labels if balanced else None)
-    yield from _load(reader, itertools.islice(steps, first_step, None), compute)
+    num_workers = _affordable(compute.num_workers, batch_size * reader.num_views * 3 * images.size**2)
+    return _load(reader, itertools.islice(steps, first_step, None), num_workers, compute)
 
 
 def _useful_side(images: ImageSettings, augment: AugmentConfig) -> int:
@@ -175,79 +204,128 @@ class _Read:
     lost: list[tuple[int, str]]
 
 
-class _Reader(torch.utils.data.Dataset):
+class _EvalReader(torch.utils.data.Dataset):
+    """Reads an image as at test time, from `memory` where it is there.
+
+    What is lost is only reported: the reader may be one of several processes, and the data set's record is kept in the
+    first.
+    """
+
+    def __init__(self, dataset: Dataset, images: ImageSettings, memory: ImageMemory) -> None:
+        self.dataset, self.images, self.memory = dataset, images, memory
+        self.transform = eval_transform(images)
+
+    def key(self, index: int) -> Hashable:
+        """Return what a prepared image is known by in the memory."""
+        return "prepared", self.images, index
+
+    def __getitem__(self, index: int) -> _Read:
+        label, image = int(self.dataset.labels[index]), self.memory.get(self.key(index))
+        if image is None:
+            try:
+                image = self.transform(self.dataset.read_image(index))
+            except LostImageError as problem:
+                return _Read(index, label, [], [(index, problem.reason)])
+        return _Read(index, label, [image], [])
+
+
+class _TrainReader(torch.utils.data.Dataset):
     """Reads image `index` for `epoch`; draws its views from generators seeded by (seed, epoch, index, view).
 
-    Where it cannot be read, one of its class from `pool`, if there is a pool. What is lost is only reported: the reader
-    may be one of several processes, and the data set's record is kept in the first.
+    Where it cannot be read, one of its class from `pool`, the images that are trained on. What is lost is only
+    reported, as above. With `keeps`, what is read goes into the memory.
     """
 
     def __init__(
         self,
         dataset: Dataset,
-        transform: Callable,
-        seed: int | None,
-        max_side: int | None = None,
-        keeps: bool = False,
-        num_views: int = 1,
-        pool: np.ndarray | None = None,
+        images: ImageSettings,
+        augment: AugmentConfig,
+        seed: int,
+        memory: ImageMemory,
+        pool: np.ndarray,
+        *,
+        num_views: int,
+        keeps: bool,
     ) -> None:
-        self.dataset, self.transform, self.seed, self.num_views = dataset, transform, seed, num_views
-        self.max_side, self.kept, self.room = max_side, {}, CACHE_BYTES if keeps else 0
-        self.pool = np.empty(0, dtype=np.int64) if pool is None else pool
+        self.dataset, self.seed, self.memory, self.pool = dataset, seed, memory, pool
+        self.transform, self.max_side = train_transform(images, augment), _useful_side(images, augment)
+        self.num_views, self.keeps = num_views, keeps
+
+    def key(self, index: int) -> Hashable:
+        """Return what a decoded image is known by in the memory."""
+        return "reduced", self.max_side, index
 
     def __getitem__(self, position: tuple[int, int]) -> _Read:
         epoch, wanted = position
         label, lost = int(self.dataset.labels[wanted]), []
         for index in itertools.chain([wanted], self._others(epoch, wanted)):
             try:
-                image = self._image(index)
+                image = self.memory.get(self.key(index)) or self._decoded(index)
             except LostImageError as problem:
                 lost.append((index, problem.reason))
                 continue
+            if self.keeps:
+                self._keep(index, image)
             views = [self._view(image, epoch, index, view) for view in range(self.num_views)]
             return _Read(index, label, views, lost)
         return _Read(wanted, label, [], lost)
+
+    def read_ahead(self, num_threads: int) -> None:
+        """Fill the memory, as far as there is room, with the images that are trained on."""
+        missing = [index for index in np.unique(self.pool).tolist() if self.key(index) not in self.memory]
+        size = READ_AHEAD * num_threads
+        with ThreadPoolExecutor(num_threads) as pool, console.progress(len(missing), "reading images") as progress:
+            for start in range(0, len(missing), size):
+                part = missing[start : start + size]
+                kept = [self._keep(*read) for read in zip(part, pool.map(self._decoded_if_there, part))]
+                if not all(kept):
+                    return
+                progress.advance(len(part))
 
     def _others(self, epoch: int, index: int) -> Iterator[int]:
         """Yield the images of the pool that may stand in for one that is lost; nothing is drawn until then."""
         labels = self.dataset.labels
         like = self.pool[(labels[self.pool] == labels[index]) & (self.pool != index)]
-        yield from np.random.default_rng((self.seed or 0, epoch, index)).permutation(like).tolist()
+        yield from np.random.default_rng((self.seed, epoch, index)).permutation(like).tolist()
 
     def _view(self, image: Image.Image, epoch: int, index: int, view: int) -> Tensor:
-        if self.seed is None:
-            return self.transform(image)
         key = f"{self.seed}:{epoch}:{index}" + (f":{view}" if view else "")
         with torch.random.fork_rng(devices=[]):
             # The CPU's alone: reading must not reseed what an accelerator draws in training.
             torch.default_generator.manual_seed(int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8).digest()))
             return self.transform(image)
 
-    def _image(self, index: int) -> Image.Image:
-        """Return an image, of training reduced to what crops can use: the same one, whether images are kept or not."""
-        image = self.kept.get(index)
-        if image is None:
-            image = self.dataset.read_image(index)
-            if self.max_side is not None and min(image.size) > self.max_side:
-                factor = self.max_side / min(image.size)
-                size = tuple(max(1, round(side * factor)) for side in image.size)
-                image = image.resize(size, Image.Resampling.BICUBIC, reducing_gap=3.0)
-            # Decoding costs more than a small network's training step: keep what fits.
-            if (num_bytes := 3 * image.width * image.height) <= self.room:
-                self.kept[index] = image
-                self.room -= num_bytes
-        return image
+    def _decoded(self, index: int) -> Image.Image:
+        """Return an image, reduced to what crops can use: the same one, whether images are kept or not."""
+        image = self.dataset.read_image(index)
+        if min(image.size) <= self.max_side:
+            return image
+        factor = self.max_side / min(image.size)
+        size = tuple(max(1, round(side * factor)) for side in image.size)
+        return image.resize(size, Image.Resampling.BICUBIC, reducing_gap=3.0)
+
+    def _decoded_if_there(self, index: int) -> Image.Image | None:
+        try:
+            return self._decoded(index)
+        except LostImageError:  # whoever comes for it will find that, and say so
+            return None
+
+    def _keep(self, index: int, image: Image.Image | None) -> bool:
+        return image is None or self.memory.keep(self.key(index), image, 3 * image.width * image.height)
 
 
-def _load(reader: _Reader, batches: Iterable[list[tuple[int, int]]], compute: Compute) -> Iterator[Batch]:
+def _load(
+    reader: _EvalReader | _TrainReader, batches: Iterable[list], num_workers: int, compute: Compute
+) -> Iterator[Batch]:
     # The loader draws its workers' base seed from the global generator; a generator of its own leaves that one alone.
     loader = DataLoader(
         reader,
         batch_sampler=batches,
-        num_workers=compute.num_workers,
+        num_workers=num_workers,
         collate_fn=_collate,
         pin_memory=compute.device == "cuda",
+        multiprocessing_context="fork" if num_workers and CAN_FORK else None,
         generator=torch.Generator().manual_seed(0),
     )
     try:
@@ -258,6 +336,26 @@ def _load(reader: _Reader, batches: Iterable[list[tuple[int, int]]], compute: Co
                 yield batch
     except DataError as problem:  # a worker's comes with the worker's traceback before the sentence
         raise DataError(str(problem).rpartition(f"{DataError.__name__}: ")[2].strip()) from None
+
+
+def _affordable(num_workers: int, batch_bytes: int) -> int:
+    """Return how many processes can hand their batches over; more would wait for ever for room in shared memory."""
+    if num_workers == 0 or not SHARED_MEMORY.is_dir():
+        return num_workers
+    # Each reads two batches ahead, and two more are being handed over or used.
+    affordable = max(0, shutil.disk_usage(SHARED_MEMORY).free // batch_bytes - 2) // 2
+    if affordable < num_workers:
+        _say_affordable(affordable, num_workers)
+    return min(num_workers, affordable)
+
+
+@functools.cache
+def _say_affordable(affordable: int, wanted: int) -> None:
+    """Say it once."""
+    console.warn(
+        f"{affordable} instead of {wanted} processes read images: {SHARED_MEMORY} has no room for the batches of more"
+        " (docker run --shm-size=2g gives it some)"
+    )
 
 
 def _collate(samples: list[_Read]) -> tuple[Batch | None, list[tuple[int, str]]]:

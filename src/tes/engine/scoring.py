@@ -12,24 +12,36 @@ from tes.engine.balance import class_weights
 from tes.engine.features import FrozenFeatures, compute_features
 from tes.engine.fit import Given, head_problem
 from tes.engine.learner import Learner
+from tes.engine.memory import ImageMemory
 from tes.engine.start import out_of_fold_logits
 from tes.errors import TrainingError
 from tes.predictions import Predictions
 
 
 def predict(
-    learner: Learner, dataset: Dataset, indices: np.ndarray, features: FrozenFeatures | None = None
+    learner: Learner,
+    dataset: Dataset,
+    indices: np.ndarray,
+    features: FrozenFeatures | None = None,
+    memory: ImageMemory | None = None,
 ) -> Predictions:
-    """Return every head's logits for the images `indices`; `features` are those of a backbone that was not trained.
+    """Return every head's logits for the images `indices`.
 
     Images that can no longer be read are left out: rows are known by their paths.
+
+    Args:
+        learner: In whatever mode; left in eval mode.
+        dataset: Which holds the images.
+        indices: Which of them.
+        features: Of its backbone, where that was not trained.
+        memory: For images that others will ask for as well.
     """
     if features is not None:
         indices = features.readable(indices)
         features_NF = features(indices)
     else:
         wanted = dataset.present(indices)
-        features_NF = compute_features(learner.backbone, dataset, wanted, learner.compute)
+        features_NF = compute_features(learner.backbone, dataset, wanted, learner.compute, memory)
         indices = dataset.present(wanted)
         features_NF = features_NF[np.isin(wanted, indices)]
     if not torch.isfinite(features_NF).all():

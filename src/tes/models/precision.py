@@ -21,6 +21,11 @@ def device_kind(device: str) -> str:
     return device
 
 
+def emulates_bf16(device: str) -> bool:
+    """Return whether a device computes in bf16 without instructions for it: many times slower than fp32."""
+    return device_kind(device) in ("cpu", "cuda without bf16")
+
+
 def resolve_precision(precision: str, memory_format: str, device: str, family: str) -> tuple[str, str, str]:
     """Return (precision, memory format, reason): the user's choice where there is one, else the table's."""
     table = json.loads(resources.files("tes.models").joinpath("precision.json").read_text(encoding="utf-8"))
