@@ -2,6 +2,7 @@
 
     python benchmarks/training_step.py                          # ResNet-50 and ViT-B/16 at 224 px: for a GPU
     python benchmarks/training_step.py --networks mobilenetv2_100 --size 128 --batch-size 32 --rounds 5
+    python benchmarks/training_step.py --networks "" --images 48 --sides 4000 3000 --batch-size 16    # reading alone
 
 Every way takes its turn in every round, but the bare loop with cudnn.benchmark, which comes after; the ratio is the
 median over rounds. The bare loop has its images and labels on the device already; ours moves uint8 images from pinned
@@ -29,8 +30,9 @@ import tes
 from tes import data
 from tes.engine.compute import Compute, seed_everything
 from tes.engine.learner import Learner
-from tes.engine.loader import Batch, train_batches
+from tes.engine.loader import Batch, eval_batches, steps_per_epoch, train_batches
 from tes.engine.loop import train_step
+from tes.engine.memory import ROOM, ImageMemory
 from tes.engine.optim import build_optimizer, build_schedule
 from tes.engine.start import random_head
 from tes.models.backbone import Backbone
@@ -41,8 +43,8 @@ from tes.objectives.base import ObjectiveContext
 
 NUM_CLASSES, TEXT_DIM, STEPS = 100, 384, 10
 ARMS = ("ce", "tes", "bi_tuning")
-MIN_BATCHES = 20
-"""That each process reads, so that neither its start nor what it read ahead decides the rate."""
+EPOCHS, EVALUATIONS = 10, 5
+"""That reading is timed over: half of a training's default, and as often as a training looks at val."""
 
 
 def bare(network: nn.Module, compute: Compute, images: Tensor, labels: Tensor) -> Callable[[], None]:
@@ -150,32 +152,41 @@ def steps(name: str, device: str, size: int, batch_size: int, rounds: int) -> No
         )
 
 
-def reading(device: str, size: int, batch_size: int, num_images: int) -> None:
-    """Time the loader alone, from the start of its processes on, on JPEGs of 500 × 375 pixels, augmented by default."""
+def reading(device: str, size: int, batch_size: int, num_images: int, sides: tuple[int, int]) -> None:
+    """Time the loader alone, its processes' start included, on made JPEGs, with and without a memory for images."""
     with tempfile.TemporaryDirectory() as folder:
         draw = np.random.default_rng(0)
         for number in range(num_images):
             coarse = Image.fromarray(draw.integers(256, size=(24, 32, 3), dtype=np.uint8))
             path = Path(folder, "photos", f"class{number % 8}", f"{number:04}.jpg")
             path.parent.mkdir(parents=True, exist_ok=True)
-            coarse.resize((500, 375), Image.Resampling.BICUBIC).save(path, quality=90)
+            coarse.resize(sides, Image.Resampling.BICUBIC).save(path, quality=90)
         config = tes.load_config(flags={"data.source": f"{folder}/photos"})
         dataset = data.open_dataset(config.data)
         images = ImageSettings(size, 0.95, (0.5,) * 3, (0.5,) * 3, "bicubic")
         indices = dataset.indices("train")
+        num_steps = EPOCHS * steps_per_epoch(len(indices), batch_size)
         for num_workers in sorted({0, 2, 4, 8, 16} & set(range((os.cpu_count() or 1) + 1))):
             compute = Compute(device, "fp32", "contiguous", num_workers)
-            # Without processes the decoded images are kept: what is read twice would not be read.
-            num_steps = len(indices) // batch_size if num_workers == 0 else MIN_BATCHES * num_workers
-            if num_steps == 0:
-                raise SystemExit(f"{len(indices)} images are no batch of {batch_size}: more --images")
-            batches = train_batches(
-                dataset, indices, images, config.augment, compute, batch_size=batch_size, num_steps=num_steps, seed=0
-            )
-            began = time.perf_counter()
-            count = sum(len(batch.labels_B) for batch in batches)
-            rate = count / (time.perf_counter() - began)
-            print(f"reading, {num_workers} processes: {rate:.0f} images/s over {num_steps} batches", flush=True)
+            for room in (0, ROOM):
+                memory = ImageMemory(room)
+                began = time.perf_counter()
+                batches = train_batches(
+                    dataset, indices, images, config.augment, compute, batch_size=batch_size, num_steps=num_steps,
+                    seed=0, memory=memory,
+                )  # fmt: skip
+                training = sum(len(batch.labels_B) for batch in batches) / (time.perf_counter() - began)
+                began = time.perf_counter()
+                for _ in range(EVALUATIONS):
+                    for _ in eval_batches(dataset, indices, images, compute, memory):
+                        pass
+                evaluating = EVALUATIONS * len(indices) / (time.perf_counter() - began)
+                print(
+                    f"reading {len(indices)} images of {sides[0]} x {sides[1]}, {num_workers} processes,"
+                    f" {'with' if room else 'without'} memory: {training:.0f} images/s in {EPOCHS} epochs of training,"
+                    f" {evaluating:.0f} in {EVALUATIONS} evaluations",
+                    flush=True,
+                )
 
 
 def main() -> None:
@@ -186,12 +197,13 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--images", type=int, default=1024, help="for the loader; 0: leave it out")
+    parser.add_argument("--sides", type=int, nargs=2, default=(500, 375), help="of these images, in pixels")
     arguments = parser.parse_args()
-    for name in arguments.networks.split(","):
+    for name in filter(None, arguments.networks.split(",")):
         seed_everything(0)
         steps(name, arguments.device, arguments.size, arguments.batch_size, arguments.rounds)
     if arguments.images:
-        reading(arguments.device, arguments.size, arguments.batch_size, arguments.images)
+        reading(arguments.device, arguments.size, arguments.batch_size, arguments.images, tuple(arguments.sides))
 
 
 if __name__ == "__main__":
