@@ -203,8 +203,9 @@ class OptimConfig(Settings):
     accumulate: Annotated[int, Field(ge=1)] = Field(1, description="micro-batches that one batch is split into")
     num_steps: Annotated[int, Field(ge=1)] | None = Field(None, description="the budget; None: from num_epochs")
     num_epochs: Annotated[float, Field(gt=0)] | None = Field(None, description="the budget in passes; None: 20")
-    warmup: Annotated[float, Field(ge=0, lt=1)] = Field(
-        0.0, description="share of the steps with a rising learning rate"
+    warmup: Annotated[float, Field(ge=0, lt=1)] | None = Field(
+        None,
+        description="share of the steps with a rising learning rate; None: 0.1 from a random head with AdamW, else 0",
     )
     clip_norm: Annotated[float, Field(gt=0)] | None = Field(
         None, description="largest norm of the gradient; None: no limit"

@@ -26,12 +26,17 @@ LEARNING_RATE = {
     "adamw": {"conv": 1e-4, "depthwise": 1e-4, "transformer": 3e-5},
     "sgd": {"conv": 1e-3, "depthwise": 1e-3, "transformer": 1e-3},
 }
-MANY_IMAGES = 32
-"""Images per class from which on AdamW's rate is three times as high: both networks that were tried with so many do
-better so; at 8 and 16 a narrow one does, a wide one does not (LOG.md, 2026-11-26)."""
+RATE_TIMES_FEATURES, MAX_RATE = 0.3, 1e-3
+"""From a solved head, AdamW's rate of a convolutional network is inverse to its number of features, up to a limit. Adam
+moves every weight by about the rate, so that a wide layer's output moves further than a narrow one's (Yang et al.:
+Tensor Programs V, 2022). MobileNetV1 x 0.25 gained 3 to 7 points by it on data far from ImageNet, MobileNetV2 3 to 5;
+near ImageNet both lost up to one or none (LOG.md, 2026-11-28)."""
 RANDOM_START = {"adamw": (3.0, 10.0), "sgd": (10.0, 1.0)}
 """From a random head: the backbone's rate in units of the above, and the head's in units of the backbone's. A random
 head has far to go, and an arm that starts from one would else be judged by its undertraining (LOG.md, 2026-11-25)."""
+RANDOM_WARMUP = 0.1
+"""Without it MobileNetV2 fell to chance from a random head at 4 images a class (LOG.md, 2026-11-28); from a solved head
+it changes nothing."""
 
 STEPPED = {
     "augment.mixup": (0,),
@@ -226,7 +231,7 @@ def _settle_steps(made: Decisions, dataset: Dataset, backbone: Backbone, num_ima
     config = made.asked
     if dataset.crop_size is not None and config.augment.policy == "auto" and config.augment.crop_size is None:
         made.decide("augment.crop_size", dataset.crop_size, "the task's own")
-    _settle_optimiser(made, backbone.family, num_images, dataset.num_classes)
+    _settle_optimiser(made, backbone, num_images)
     if config.optim.layer_decay not in (None, 1):
         num_layers = config.num_last or count_layers(backbone.network)
         lowest = made.config.optim.learning_rate * config.optim.layer_decay**num_layers
@@ -297,20 +302,23 @@ def _settle_start(
             raise ConfigError("0 shots need a text prior; add --start prior.")
 
 
-def _settle_optimiser(made: Decisions, family: str, num_images: int, num_classes: int) -> None:
-    optim, decide = made.asked.optim, made.decide
+def _settle_optimiser(made: Decisions, backbone: Backbone, num_images: int) -> None:
+    optim, decide, family = made.asked.optim, made.decide, backbone.family
     is_random = made.config.start == "random"
     backbone_factor, head_factor = RANDOM_START[optim.name] if is_random else (1.0, 1.0)
     usual = LEARNING_RATE[optim.name][family] * backbone_factor
     why = f"the default of {optim.name} for a {family} network" + (" from a random head" if is_random else "")
     if optim.name == "adamw" and family != "transformer" and not is_random:
-        has_many = num_images >= MANY_IMAGES * num_classes
-        usual *= 3 if has_many else 1
-        why += f", {num_images / num_classes:.3g} images a class ({'at least' if has_many else 'below'} {MANY_IMAGES})"
+        usual = min(MAX_RATE, RATE_TIMES_FEATURES / backbone.num_features)
+        why += f" of {backbone.num_features} features"
     learning_rate = optim.learning_rate or decide("optim.learning_rate", usual, why)
     if optim.head_learning_rate is None:
         why = f"{head_factor:g} times the backbone's: a random head" if head_factor > 1 else "as the backbone's"
         decide("optim.head_learning_rate", head_factor * learning_rate, why)
+    if optim.warmup is None:
+        warms_up = is_random and optim.name == "adamw"
+        why = "a random head's first gradients lead nowhere" if warms_up else "the default"
+        decide("optim.warmup", RANDOM_WARMUP if warms_up else 0.0, why)
     if optim.num_steps is None:
         num_epochs = optim.num_epochs or NUM_EPOCHS
         per_epoch = steps_per_epoch(num_images, optim.batch_size)

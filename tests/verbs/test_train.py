@@ -634,29 +634,17 @@ def test_an_extreme_penalty_is_one_sentence(settings):
         tes.train(settings(objective="ce", optim__head_penalty=1e300))
 
 
-def test_many_images_a_class_get_a_larger_learning_rate(settings, photos, tmp_path, capsys):
-    import shutil
-
+def test_a_narrow_network_gets_a_larger_learning_rate(settings, capsys):
     from tes.verbs.train import dry_run
 
     flags = {"objective": "ce", "train": "all"}
-    few = dry_run(settings(**flags))  # 24 of 36 images are trained on
-    assert few.optim.learning_rate == few.optim.head_learning_rate == pytest.approx(1e-4)
-    assert "8 images a class (below 32)" in capsys.readouterr().err
-    only = settings(**flags, data__only_classes=("red_square", "blue_square"))
-    assert dry_run(only).optim.learning_rate == pytest.approx(1e-4)
-    many = tmp_path / "many"  # 48 a class, of which 32 are trained on
-    for label in ("red_square", "blue_square"):
-        for copy in range(4):
-            shutil.copytree(photos / label, many / label / str(copy))
-    for number, path in enumerate(sorted(many.rglob("*.png"))):  # not the same photo twice
-        with Image.open(path) as image:
-            image.rotate(90 * (number % 4)).resize((40 + number % 24, 40 + number // 48)).save(path)
-    config = dry_run(settings(**flags, data__source=str(many)))
-    assert config.optim.learning_rate == pytest.approx(3e-4)
-    assert "32 images a class (at least 32)" in capsys.readouterr().err
-    random = dry_run(settings(**flags, start="random", data__source=str(many)))
-    assert random.optim.learning_rate == pytest.approx(3e-4)  # three times in any case
+    narrow = dry_run(settings(**flags))  # 16 features: 0.3 / 16 is above the limit
+    assert narrow.optim.learning_rate == narrow.optim.head_learning_rate == pytest.approx(1e-3)
+    assert "adamw for a conv network of 16 features" in capsys.readouterr().err
+    wide = dry_run(settings(**flags, backbone__name="lite0", backbone__kwargs={}, backbone__checkpoint=None))
+    assert wide.optim.learning_rate == pytest.approx(0.3 / 1280)
+    random = dry_run(settings(**flags, start="random"))
+    assert random.optim.learning_rate == pytest.approx(3e-4)  # whatever its width
 
 
 def test_a_random_head_gets_a_larger_learning_rate_than_one_that_fits_already(settings, tmp_path):
@@ -665,7 +653,8 @@ def test_a_random_head_gets_a_larger_learning_rate_than_one_that_fits_already(se
         flags = {"objective": "ce", "train": "all", "start": start, "optim__num_steps": 1, "out": str(tmp_path / start)}
         optim = tes.train(settings(**flags)).settings["optim"]
         rates[start] = optim["learning_rate"], optim["head_learning_rate"]
-    assert rates["probe"][0] == rates["probe"][1] < rates["random"][0] < rates["random"][1]
+        assert optim["warmup"] == (0.1 if start == "random" else 0.0)
+    assert rates["probe"][0] == rates["probe"][1] < rates["random"][1] == pytest.approx(10 * rates["random"][0])
 
 
 CLASSICAL = ("bss", "co_tuning", "bi_tuning")

@@ -93,7 +93,7 @@ def fit(
         RunError: The state cannot be saved, or the saved one is damaged.
     """
     optimizer = build_optimizer(learner, config)
-    schedule = build_schedule(optimizer, num_steps, config.warmup)
+    schedule = build_schedule(optimizer, num_steps, config.warmup or 0.0)
     average = WeightAverage(learner, config.ema)
     pending = PendingLosses(path_of)
     checkpoint = checkpoint or Checkpoint()
