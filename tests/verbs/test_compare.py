@@ -410,7 +410,7 @@ def test_a_comparison_is_not_continued_at_another_default_learning_rate(begin):
     settings = yaml.safe_load(file.read_text())
     settings["optim"]["learning_rate"] /= 3
     file.write_text(yaml.safe_dump(settings))
-    with pytest.raises(RunError, match=r"at `1` shots .* the default of that day, which is 0\.0001 now"):
+    with pytest.raises(RunError, match=r"at `1` shots .* the default of that day, which is 0\.001 now"):
         begin(("ce",), shots=("1",), num_seeds=2, controls=False, flags=flags)
 
 
