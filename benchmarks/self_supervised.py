@@ -92,7 +92,7 @@ def main() -> None:
     parser.add_argument("--arms", default=",".join(ARMS))
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--first-seed", type=int, default=10)
-    parser.add_argument("--processes", type=int, default=1, help="trainings at once, each with one thread")
+    parser.add_argument("--processes", type=int, default=1, help="trainings at once; several have a thread each")
     arguments = parser.parse_args()
     record, common = Record(arguments.record), recipe(arguments.shared)
     sets = data_sets(arguments.shared, arguments.flowers)

@@ -49,10 +49,10 @@ class Record:
         """Do what has no row yet; several at once once each data set's first one has filled the caches.
 
         Raises:
-            Exception: What the first of those that failed raised, once all others are done.
+            Exception: What the first of those that failed raised; of several processes, once all others are done.
         """
         missing = [training for training in trainings if self.find(training) is None]
-        if num_processes == 1:
+        if num_processes == 1:  # in this process, with its threads; the first that fails ends it
             for training in missing:
                 self._add(training, trained(training))
             return
@@ -117,6 +117,7 @@ def trained(training: Training) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder, console.quiet():
         run = tes.train(tes.load_config(flags=training.flags | {"out": f"{folder}/run"}), against=False)
         processor = json.loads((run.path / "env.json").read_text(encoding="utf-8"))["processor"]
+        rate = run.settings["optim"]["learning_rate"]
     metrics = {
         split: {
             head: {figure: round(values[figure], 6) for figure in FIGURES if figure in values}
@@ -124,7 +125,7 @@ def trained(training: Training) -> dict[str, Any]:
         }
         for split, heads in run.metrics.items()
     }
-    return {"metrics": metrics, "processor": processor}
+    return {"metrics": metrics, "processor": processor, "rate": rate}
 
 
 def _difference(difference_S: np.ndarray) -> list[str]:

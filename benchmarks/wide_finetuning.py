@@ -34,7 +34,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--first-seed", type=int, default=10)
     parser.add_argument("--split", choices=("val", "test"), default="test", help="what the table shows")
-    parser.add_argument("--processes", type=int, default=1, help="trainings at once, each with one thread")
+    parser.add_argument("--processes", type=int, default=1, help="trainings at once; several have a thread each")
     arguments = parser.parse_args()
     sources = {
         "caltech101": arguments.shared / "data" / "caltech101",

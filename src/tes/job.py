@@ -84,7 +84,7 @@ def run_job(
     assert fitted is not None
     if selected:
         run_writer.write_inputs(folder, job.config, loaded.backbone.images)
-    predicted, metrics = _score(folder, job, fitted, journal)
+    predicted, metrics = _score(folder, job, fitted, journal, is_cell=shared is not None)
     if shared is None:
         _say_what_steps_did(job, fitted, metrics)
     said |= predicted
@@ -253,13 +253,15 @@ def _select(trials: list[_Trial], protocol: Protocol) -> int:
 
 
 def _score(
-    folder: Path, job: Job, fitted: Fitted, journal: _Journal
+    folder: Path, job: Job, fitted: Fitted, journal: _Journal, is_cell: bool
 ) -> tuple[dict[str, Predictions], dict[str, dict[str, Any]]]:
     """Predict the splits to be scored and write that down; return predictions and metrics by split."""
     said: dict[str, Predictions] = {}
     metrics: dict[str, dict[str, Any]] = {}
     for split, indices in job.protocol.scored(job.dataset, job.config.data).items():
-        said[split] = predict(fitted.learner, job.dataset, indices, job.frozen, job.given.memory)
+        # Of a single run nobody comes back for the test images.
+        memory = job.given.memory if is_cell or split == "val" else None
+        said[split] = predict(fitted.learner, job.dataset, indices, job.frozen, memory)
         metrics[split] = run_writer.write_predictions(folder, split, said[split], job.dataset)
         journal.log({"split": split, "step": job.config.optim.num_steps or 0, "heads": metrics[split]})
     return said, metrics

@@ -12,7 +12,6 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -25,6 +24,7 @@ from torch import Tensor
 
 from tes.config import Config
 from tes.data.dataset import Dataset
+from tes.data.scan import reading_threads
 from tes.engine.fit import Fitted
 from tes.engine.solve import LinearHead
 from tes.errors import DataError, RunError
@@ -281,7 +281,7 @@ def write_thumbnails(folder: Path, dataset: Dataset, wanted: Sequence[str], with
                 image.thumbnail((THUMBNAIL_SIDE, THUMBNAIL_SIDE))
                 image.save(written / f"{dataset.sha1s[index]}.jpg", quality=80)
 
-        with ThreadPoolExecutor() as pool:
-            list(pool.map(write, map(int, chosen)))
+        with reading_threads() as threads:
+            list(threads.map(write, map(int, chosen)))
         shutil.rmtree(folder, ignore_errors=True)
         written.replace(folder)

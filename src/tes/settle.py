@@ -13,7 +13,7 @@ from tes.engine.compute import Compute, resolve_device, resolve_workers
 from tes.engine.loader import steps_per_epoch
 from tes.errors import ConfigError
 from tes.models.backbone import Backbone
-from tes.models.layers import count_layers, layer_of
+from tes.models.layers import batch_norms, count_layers, layer_of
 from tes.models.precision import resolve_precision
 from tes.objectives.base import Objective
 from tes.text.prompts import with_templates
@@ -22,17 +22,18 @@ from tes.text.vocabulary import SharedSpace, SourceText
 NUM_EPOCHS = 20
 # A solved head has large weights, and its first gradients are large too: AdamW's steps do not depend on their size,
 # where SGD at 0.01 from the same start diverged within ten steps (LOG.md, 2026-11-24). Transformers get less by custom.
+# Networks with batch norms get another one from AdamW and a solved head, see below.
 LEARNING_RATE = {
     "adamw": {"conv": 1e-4, "depthwise": 1e-4, "transformer": 3e-5},
     "sgd": {"conv": 1e-3, "depthwise": 1e-3, "transformer": 1e-3},
 }
 RATE_TIMES_FEATURES, MAX_RATE = 0.3, 1e-3
-"""From a solved head, AdamW's rate of a convolutional network is inverse to its number of features, up to a limit. Adam
-moves every weight by about the rate, so that a wide layer's output moves further than a narrow one's (Yang et al.:
-Tensor Programs V, 2022). MobileNetV1 x 0.25 gained 3 to 7 points by it on data far from ImageNet, MobileNetV2 3 to 5;
-near ImageNet both lost up to one or none (LOG.md, 2026-11-28)."""
+"""From a solved head, AdamW's rate of a network with batch norms is inverse to its number of features, up to a limit.
+Adam moves every weight by about the rate, so that a wide layer's output moves further than a narrow one's (Yang et al.:
+Tensor Programs V, 2022). MobileNetV1 x 0.25 gained 3 to 7 points by it on data far from ImageNet, MobileNetV2 2 to 3;
+near ImageNet `ce` lost up to one, `tes` none (LOG.md, 2026-11-28)."""
 RANDOM_START = {"adamw": (3.0, 10.0), "sgd": (10.0, 1.0)}
-"""From a random head: the backbone's rate in units of the above, and the head's in units of the backbone's. A random
+"""From a random head: the backbone's rate in units of LEARNING_RATE, and the head's in units of the backbone's. Such a
 head has far to go, and an arm that starts from one would else be judged by its undertraining (LOG.md, 2026-11-25)."""
 RANDOM_WARMUP = 0.1
 """Without it MobileNetV2 fell to chance from a random head at 4 images a class (LOG.md, 2026-11-28); from a solved head
@@ -308,7 +309,7 @@ def _settle_optimiser(made: Decisions, backbone: Backbone, num_images: int) -> N
     backbone_factor, head_factor = RANDOM_START[optim.name] if is_random else (1.0, 1.0)
     usual = LEARNING_RATE[optim.name][family] * backbone_factor
     why = f"the default of {optim.name} for a {family} network" + (" from a random head" if is_random else "")
-    if optim.name == "adamw" and family != "transformer" and not is_random:
+    if optim.name == "adamw" and batch_norms(backbone.network) and not is_random:
         usual = min(MAX_RATE, RATE_TIMES_FEATURES / backbone.num_features)
         why += f" of {backbone.num_features} features"
     learning_rate = optim.learning_rate or decide("optim.learning_rate", usual, why)
@@ -317,7 +318,7 @@ def _settle_optimiser(made: Decisions, backbone: Backbone, num_images: int) -> N
         decide("optim.head_learning_rate", head_factor * learning_rate, why)
     if optim.warmup is None:
         warms_up = is_random and optim.name == "adamw"
-        why = "a random head's first gradients lead nowhere" if warms_up else "the default"
+        why = "the first steps from a random head are to be small" if warms_up else "the default"
         decide("optim.warmup", RANDOM_WARMUP if warms_up else 0.0, why)
     if optim.num_steps is None:
         num_epochs = optim.num_epochs or NUM_EPOCHS

@@ -22,6 +22,7 @@ from tes.models.image_settings import ImageSettings
 from tes.models.precision import resolve_precision
 from tes.objectives import objectives
 from tes.objectives.base import ObjectiveContext
+from tes.verbs.verify import verify
 
 IMAGES = ImageSettings(32, 1.0, (0.5,) * 3, (0.5,) * 3, "bilinear")
 C, F = 3, 8
@@ -153,7 +154,19 @@ def test_a_head_that_does_not_fit_an_accelerator_is_solved_on_the_cpu(monkeypatc
 
 @pytest.mark.parametrize("has_bf16", [True, False])
 def test_a_run_in_bf16_is_opened_in_fp32_where_bf16_is_only_emulated(monkeypatch, photos, resnet, tmp_path, has_bf16):
-    flags = {"data.source": str(photos), "objective": "ce", "train": "head", "precision": "bf16", "device": "cpu"}
+    flags = {
+        "data.source": str(photos),
+        "objective": "ce",
+        "train": "head",
+        "precision": "bf16",
+        "device": "cpu",
+        "refit": "none",
+    }
     run = tes.train(tes.load_config(flags=resnet | flags | {"out": str(tmp_path / "run")}), against=False)
     monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: has_bf16)
+    monkeypatch.setattr(reopen, "resolve_device", lambda device: ("cpu", "for this test"))
     assert reopen.recorded_compute(run).precision == ("bf16" if has_bf16 else "fp32")
+    found = verify(run.path, data_source=str(photos))
+    assert found["holds"], "and its predictions follow from its model, up to the rounding of bf16"
+    allowed = "up to 0.05 is rounding"
+    assert any(allowed in check["detail"] for check in found["checks"])

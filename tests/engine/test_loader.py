@@ -163,7 +163,7 @@ def test_the_next_training_finds_what_this_one_has_read_in_the_memory(losing):
 
 @pytest.mark.parametrize("num_workers", [0, 2])
 def test_a_memory_with_room_for_some_changes_nothing(dataset, num_workers):
-    size = 40 * 48 * 3
+    size = 40 * 48 * 4
     memory = ImageMemory(room=3 * size + 1)
     expected = batches(dataset)
     assert_same(expected, batches(dataset, num_workers, memory=memory))
@@ -196,16 +196,45 @@ def test_an_evaluation_starts_no_process_that_would_have_nothing_to_read(dataset
         assert sum(len(batch.labels_B) for batch in seen) == num_images and started.pop() == expected
 
 
-@pytest.mark.parametrize(("free", "expected"), [(10**9, 2), (6 * 10 * 3 * 32**2, 2), (5 * 10 * 3 * 32**2, 1), (0, 0)])
-def test_no_more_processes_read_than_shared_memory_has_room_for(dataset, monkeypatch, capsys, tmp_path, free, expected):
+BATCH_BYTES = 10 * 3 * 32**2
+
+
+@pytest.mark.parametrize(("batches_free", "expected"), [(1000, 2), (12, 2), (11, 1), (8, 1), (7, 0), (0, 0)])
+def test_no_more_processes_read_than_shared_memory_has_room_for(
+    dataset, monkeypatch, capsys, tmp_path, batches_free, expected
+):
+    free = batches_free * BATCH_BYTES
     monkeypatch.setattr(loader, "SHARED_MEMORY", tmp_path)
     monkeypatch.setattr(loader.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**9, 0, free))
-    loader._say_affordable.cache_clear()
-    started = loader._affordable(2, 10 * 3 * 32**2)
-    assert started == expected
+    loader._say_that_memory_is_short.cache_clear()
+    assert loader._affordable(2, BATCH_BYTES) == loader._affordable(2, BATCH_BYTES) == expected
     assert_same(batches(dataset), batches(dataset, num_workers=2))
-    said = f"{expected} instead of 2 processes read images"
+    said = "fewer processes read images than num_workers says"
     assert capsys.readouterr().err.count(said) == (1 if expected < 2 else 0)
+
+
+def test_a_training_makes_room_for_its_images_and_leaves_the_prepared_ones(dataset):
+    train, val = dataset.indices("train"), dataset.indices("val")
+    size = 40 * 48 * 4
+    memory = ImageMemory(room=4 * size + len(val) * 3 * 32**2)
+    list(eval_batches(dataset, val, IMAGES, compute(), memory))
+    how = {"batch_size": 4, "num_steps": 1, "seed": 0, "memory": memory}
+    for indices in (train[:4], train[4:8], train[2:6]):
+        list(train_batches(dataset, indices, IMAGES, AugmentConfig(policy="none"), compute(), **how))
+        assert memory.room == 0 and all(("reduced", 64, index) in memory for index in indices.tolist())
+        assert all(("prepared", IMAGES, index) in memory for index in val.tolist())
+
+
+@pytest.mark.parametrize("make", ["_EvalReader", "_TrainReader"])
+def test_a_process_that_is_not_forked_is_sent_no_images(dataset, make):
+    import pickle
+
+    memory = ImageMemory()
+    assert memory.keep(("reduced", 64, 0), dataset.read_image(0), 40 * 48 * 4)
+    more = (AugmentConfig(), 0, memory, dataset.indices("train")) if make == "_TrainReader" else (memory,)
+    how = {"num_views": 1, "keeps": False} if make == "_TrainReader" else {}
+    sent = pickle.loads(pickle.dumps(getattr(loader, make)(dataset, IMAGES, *more, **how)))
+    assert ("reduced", 64, 0) not in sent.memory and sent.memory.room == 0
 
 
 @pytest.fixture

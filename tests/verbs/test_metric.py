@@ -112,3 +112,33 @@ def test_the_best_weights_are_those_that_the_metric_likes(photos, resnet, metric
     fitted = fit(config, given, dataset.indices("train"), evaluate=score, evaluate_every=1, keep_best=True)
     assert len(seen) == 3 and not np.array_equal(seen[0], seen[1])
     np.testing.assert_array_equal(fitted.learner.head.weight.detach().numpy(), seen[kept - 1])
+
+
+def test_before_the_first_step_the_features_of_the_pretrained_network_are_those_of_the_learner(photos, resnet):
+    from tes import data
+    from tes.engine.compute import Compute
+    from tes.engine.features import FrozenFeatures
+    from tes.engine.fit import Given, fit
+    from tes.engine.scoring import predict
+    from tes.models.backbone import load_backbone
+
+    config = tes.load_config(
+        flags={
+            "data.source": str(photos), "objective": "ce", "start": "probe", "train": "all", "optim.num_steps": 5,
+            "optim.learning_rate": 0.01, "optim.head_learning_rate": 0.01, "optim.freeze_norms": True, **resnet,
+        }
+    )  # fmt: skip
+    dataset = data.load(config.data)
+    compute = Compute("cpu", "fp32", "contiguous", 0)
+    given = Given(dataset, FrozenFeatures(load_backbone(config.backbone, config.image), dataset, compute))
+    val, handed = dataset.indices("val"), []
+
+    def score(learner, features):
+        handed.append(features)
+        ours = predict(learner, dataset, val).logits["vision"]
+        frozen = predict(learner, dataset, val, given.features).logits["vision"]
+        assert np.allclose(ours, frozen, atol=1e-5) == (len(handed) == 1), "from the first step on the network moves"
+        return {"vision": {"mean_per_class": 0.5}}
+
+    fit(config, given, dataset.indices("train"), evaluate=score, evaluate_every=1)
+    assert handed == [given.features, None, None, None, None]

@@ -38,7 +38,7 @@ def scan(source: Source, samples: Sequence[Sample]) -> Scan:
     if new:
         with (
             memory.kept(),
-            _threads() as threads,
+            reading_threads() as threads,
             console.progress(len(new), "reading images") as progress,
         ):
             for index, (sha1, reason) in zip(new, threads.map(lambda index: _look(source, samples[index]), new)):
@@ -75,7 +75,8 @@ def _stamp(source: Source, sample: Sample) -> list[int] | None:
 
 
 @contextlib.contextmanager
-def _threads() -> Iterator[ThreadPoolExecutor]:
+def reading_threads() -> Iterator[ThreadPoolExecutor]:
+    """Yield threads for work on many images; an interruption lets go of what has not begun."""
     with ThreadPoolExecutor(_NUM_THREADS) as threads:
         try:
             yield threads

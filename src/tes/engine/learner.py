@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from tes.engine.compute import Compute
 from tes.engine.solve import LinearHead
 from tes.models.backbone import Backbone
-from tes.models.layers import frozen_modules
+from tes.models.layers import batch_norms, frozen_modules
 from tes.objectives.base import ModelOutput, Objective, follow
 
 
@@ -70,7 +70,7 @@ class Learner(nn.Module):
         """Yield the batch norms of the backbone and of its copy; the objective's own are not pre-trained."""
         for backbone in (self.backbone, self.key_backbone):
             if backbone is not None:
-                yield from (m for m in backbone.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm))
+                yield from batch_norms(backbone)
 
     def weights(self) -> dict[str, Tensor] | None:
         """Return the weights in training by their names in model.safetensors, if the objective asks for them."""

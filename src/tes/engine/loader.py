@@ -13,7 +13,6 @@ import math
 import shutil
 import sys
 from collections.abc import Callable, Hashable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,14 +25,15 @@ from torch.utils.data import DataLoader
 from tes import console
 from tes.config import AugmentConfig
 from tes.data.dataset import Dataset, LostImageError
+from tes.data.scan import reading_threads
 from tes.engine.balance import balanced_epoch
 from tes.engine.compute import Compute
 from tes.engine.memory import ImageMemory
 from tes.errors import DataError
 from tes.models.image_settings import ImageSettings
 
-READ_AHEAD = 16
-"""Images that each thread reads between two looks at how much room is left."""
+READ_AHEAD = 128
+"""Images that are read between two looks at how much room is left."""
 CAN_FORK = sys.platform == "linux"
 """Elsewhere a process starts with nothing of this one's memory."""
 SHARED_MEMORY = Path("/dev/shm")
@@ -122,12 +122,12 @@ def eval_batches(
     reader = _EvalReader(dataset, images, memory or ImageMemory(room=0))
     num_parts = math.ceil(len(indices) / compute.eval_batch_size) or 1
     batches = [part.tolist() for part in np.array_split(indices, num_parts)]
-    # A process more than there are batches would have nothing to read, nor has any where all is in memory.
+    # More processes than batches would have nothing to read, nor would any where all images are in memory.
     is_kept = all(reader.key(index) in reader.memory for index in indices.tolist())
     num_workers = 0 if is_kept or num_parts == 1 else min(compute.num_workers, num_parts)
     num_workers = _affordable(num_workers, len(batches[0]) * 3 * images.size**2)
     for batch in _load(reader, batches, num_workers, compute):
-        if not is_kept:
+        if not is_kept and reader.memory.room:
             for index, image in zip(batch.indices_B.tolist(), batch.images_B3HW):
                 reader.memory.keep(reader.key(index), image.clone(), image.nbytes)
         yield batch
@@ -154,14 +154,17 @@ def train_batches(
     Where processes read, and more than one epoch is left, the images that `memory` has room for are read beforehand,
     or each process would decode them anew in every epoch.
     """
+    num_views = 2 if two_views else 1
+    batch_bytes = min(batch_size, len(indices)) * num_views * 3 * images.size**2
+    num_workers = _affordable(compute.num_workers, batch_bytes)
+    memory = memory or ImageMemory()
     reader = _TrainReader(
-        dataset, images, augment, seed, memory or ImageMemory(), indices,
-        num_views=2 if two_views else 1, keeps=compute.num_workers == 0,
+        dataset, images, augment, seed, memory, indices, num_views=num_views, keeps=num_workers == 0
     )  # fmt: skip
-    if compute.num_workers and CAN_FORK and num_steps - first_step > steps_per_epoch(len(indices), batch_size):
-        reader.read_ahead(compute.num_workers)
+    memory.forget_others("reduced", set(map(reader.key, np.unique(indices).tolist())))
+    if num_workers and CAN_FORK and num_steps - first_step > steps_per_epoch(len(indices), batch_size):
+        reader.read_ahead()
     steps = order(indices, batch_size, num_steps, seed, dataset.labels if balanced else None)
-    num_workers = _affordable(compute.num_workers, batch_size * reader.num_views * 3 * images.size**2)
     return _load(reader, itertools.islice(steps, first_step, None), num_workers, compute)
 
 
@@ -215,7 +218,7 @@ class _EvalReader(torch.utils.data.Dataset):
         self.dataset, self.images, self.memory = dataset, images, memory
         self.transform = eval_transform(images)
 
-    def key(self, index: int) -> Hashable:
+    def key(self, index: int) -> tuple[Hashable, ...]:
         """Return what a prepared image is known by in the memory."""
         return "prepared", self.images, index
 
@@ -252,7 +255,7 @@ class _TrainReader(torch.utils.data.Dataset):
         self.transform, self.max_side = train_transform(images, augment), _useful_side(images, augment)
         self.num_views, self.keeps = num_views, keeps
 
-    def key(self, index: int) -> Hashable:
+    def key(self, index: int) -> tuple[Hashable, ...]:
         """Return what a decoded image is known by in the memory."""
         return "reduced", self.max_side, index
 
@@ -271,14 +274,13 @@ class _TrainReader(torch.utils.data.Dataset):
             return _Read(index, label, views, lost)
         return _Read(wanted, label, [], lost)
 
-    def read_ahead(self, num_threads: int) -> None:
+    def read_ahead(self) -> None:
         """Fill the memory, as far as there is room, with the images that are trained on."""
         missing = [index for index in np.unique(self.pool).tolist() if self.key(index) not in self.memory]
-        size = READ_AHEAD * num_threads
-        with ThreadPoolExecutor(num_threads) as pool, console.progress(len(missing), "reading images") as progress:
-            for start in range(0, len(missing), size):
-                part = missing[start : start + size]
-                kept = [self._keep(*read) for read in zip(part, pool.map(self._decoded_if_there, part))]
+        with reading_threads() as threads, console.progress(len(missing), "reading ahead") as progress:
+            for start in range(0, len(missing), READ_AHEAD):
+                part = missing[start : start + READ_AHEAD]
+                kept = [self._keep(*read) for read in zip(part, threads.map(self._decoded_if_there, part))]
                 if not all(kept):
                     return
                 progress.advance(len(part))
@@ -312,7 +314,8 @@ class _TrainReader(torch.utils.data.Dataset):
             return None
 
     def _keep(self, index: int, image: Image.Image | None) -> bool:
-        return image is None or self.memory.keep(self.key(index), image, 3 * image.width * image.height)
+        # Pillow has four bytes for a pixel of three.
+        return image is None or self.memory.keep(self.key(index), image, 4 * image.width * image.height)
 
 
 def _load(
@@ -342,18 +345,19 @@ def _affordable(num_workers: int, batch_bytes: int) -> int:
     """Return how many processes can hand their batches over; more would wait for ever for room in shared memory."""
     if num_workers == 0 or not SHARED_MEMORY.is_dir():
         return num_workers
-    # Each reads two batches ahead, and two more are being handed over or used.
-    affordable = max(0, shutil.disk_usage(SHARED_MEMORY).free // batch_bytes - 2) // 2
+    # Each reads two batches ahead, and two more are being handed over or used. Half of the room is left to the other
+    # loader: a training's is alive while val is scored.
+    affordable = max(0, shutil.disk_usage(SHARED_MEMORY).free // 2 // batch_bytes - 2) // 2
     if affordable < num_workers:
-        _say_affordable(affordable, num_workers)
+        _say_that_memory_is_short()
     return min(num_workers, affordable)
 
 
 @functools.cache
-def _say_affordable(affordable: int, wanted: int) -> None:
+def _say_that_memory_is_short() -> None:
     """Say it once."""
     console.warn(
-        f"{affordable} instead of {wanted} processes read images: {SHARED_MEMORY} has no room for the batches of more"
+        f"fewer processes read images than num_workers says: {SHARED_MEMORY} has no room for the batches of more"
         " (docker run --shm-size=2g gives it some)"
     )
 

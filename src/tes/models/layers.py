@@ -82,3 +82,8 @@ def _all_layers(network: nn.Module) -> dict[str, int]:
 
 def _is_trained(module: nn.Module) -> bool:
     return any(parameter.requires_grad for parameter in module.parameters())
+
+
+def batch_norms(network: nn.Module) -> list[nn.Module]:
+    """Return a network's batch norms."""
+    return [module for module in network.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]

@@ -34,6 +34,7 @@ from tes.data.dataset import Dataset
 from tes.engine.fit import Fitted
 from tes.engine.learner import Learner
 from tes.engine.loader import eval_batches
+from tes.engine.memory import ImageMemory
 from tes.engine.scoring import predict
 from tes.engine.solve import Solution
 from tes.errors import RunError, counted
@@ -206,12 +207,12 @@ def _average(
         if estimates_norms and 0 < alpha < 1:
             num_norm_images = reestimate_norms(learner, dataset, it.train_indices)
 
-    val = dataset.indices("val")
+    val, memory = dataset.indices("val"), ImageMemory()
     said: list[Predictions] = []
     with console.progress(len(ALPHAS), "averaging", "weights") as progress:
         for alpha in ALPHAS:
             put(alpha)
-            said.append(predict(learner, dataset, val, frozen))
+            said.append(predict(learner, dataset, val, frozen, memory))
             progress.advance(1)
     chosen = choose([calibrated_losses(predictions) for predictions in said])
     put(ALPHAS[chosen])

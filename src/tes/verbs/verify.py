@@ -277,8 +277,9 @@ def _predictions(run: Run, split: str, dataset: Any, learner: Any) -> Iterator[C
         float((found.logits[head].argmax(axis=1) == recorded.logits[head].argmax(axis=1)).mean())
         for head in recorded.logits
     )
-    same = run.settings.get("device") == learner.compute.device
-    tolerance = PROBABILITY_TOLERANCE[learner.compute.precision if same else "bf16"]
+    now = learner.compute
+    same = (run.settings.get("device"), run.settings.get("precision")) == (now.device, now.precision)
+    tolerance = PROBABILITY_TOLERANCE[now.precision if same else "bf16"]
     detail = (
         f"{len(found)} recomputed by the recorded model; probabilities differ by at most {worst:.1e} (up to"
         f" {tolerance:g} is rounding), the classes of {agreement:.2%} are the same"
