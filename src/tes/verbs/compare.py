@@ -434,7 +434,8 @@ def _continue_or_start(folder: Path, plan: Plan) -> None:
         # A record that is older than a setting stands for its default.
         common = _common(load_config(flags={"data.source": "", "objective": BASELINE}))
         default = {"settings": common | {"decided": {"fit": "crop"}}}
-        if begun.settings.get("optim", {}).get("warmup") == 0.0 and plan.settings["decided"]["train"] == "head":
+        warmups = [settings.get("optim", {}).get("warmup") for settings in (begun.settings, plan.settings)]
+        if warmups == [0.0, None] and plan.settings["decided"]["train"] == "head":
             begun.settings["optim"]["warmup"] = None  # its default before it was open, and nothing is stepped
         found = {
             key: pair
