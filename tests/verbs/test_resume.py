@@ -168,7 +168,7 @@ def test_the_command_line_says_how_to_go_on_and_that_goes_on(cli, photos, texts,
     code, _, err = cli("train", tmp_path / "other", *command[2:], "--out", "runs/squares-ce-1", "--resume")
     assert code == 2 and "is finished, on `" in err and "other`; choose another --out." in err
     code, _, err = cli(*command, "--resume", "--lr", "0.5")
-    assert code == 2 and "optim.learning_rate: 0.001 there, 0.5 here" in err
+    assert code == 2 and "optim.learning_rate: 0.0001 there, 0.5 here" in err
 
 
 def test_without_a_beginning_resume_begins_and_a_solved_head_begins_again(settings):
