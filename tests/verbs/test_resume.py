@@ -98,7 +98,7 @@ def interrupted(config, at, **how) -> Path:
         (TES | {"optim__ema": 0.9}, ("train", 9), {"trial-0": 5}),  # two parts a step; an epoch has three steps
         (TES | {"start_fallback": "val"}, ("train", 9), {"trial-0": 5}),
         (BI_TUNING | {"optim__ema": 0.9}, ("train", 21), {"trial-0": 6}),  # its copy of the network passes as well
-        pytest.param(TES | {"optim__ema": 0.9}, ("eval", 4), {"trial-0": 4}, marks=pytest.mark.slow),  # while scoring
+        pytest.param(TES | {"optim__ema": 0.9}, ("eval", 3), {"trial-0": 4}, marks=pytest.mark.slow),  # while scoring
         pytest.param(TES | {"refit": "trainval"}, ("train", 23), {"trial-0": 9, "refit": 3}, marks=pytest.mark.slow),
         pytest.param(TES | {"num_workers": 2}, ("train", 9), {"trial-0": 5}, marks=pytest.mark.slow),
     ],
