@@ -41,7 +41,7 @@ class Record:
     path: Path
 
     def find(self, training: Training) -> dict[str, Any] | None:
-        """Return the row of one training, if there is one: its key, `metrics` by split and head, `processor`."""
+        """Return the row of one training, if there is one: its key, and what `trained` returned."""
         lines = self.path.read_text(encoding="utf-8").splitlines() if self.path.exists() else ()
         return next((row for row in map(json.loads, lines) if row | training.key == row), None)
 
@@ -113,7 +113,7 @@ class Record:
 
 
 def trained(training: Training) -> dict[str, Any]:
-    """Train in a folder that is thrown away, and return the metrics by split and head, and where it was."""
+    """Train in a folder that is thrown away; return the metrics by split and head, where it was, and its learning rate."""
     with tempfile.TemporaryDirectory() as folder, console.quiet():
         run = tes.train(tes.load_config(flags=training.flags | {"out": f"{folder}/run"}), against=False)
         processor = json.loads((run.path / "env.json").read_text(encoding="utf-8"))["processor"]

@@ -158,9 +158,7 @@ def train_batches(
     batch_bytes = min(batch_size, len(indices)) * num_views * 3 * images.size**2
     num_workers = _affordable(compute.num_workers, batch_bytes)
     memory = memory or ImageMemory()
-    reader = _TrainReader(
-        dataset, images, augment, seed, memory, indices, num_views=num_views, keeps=num_workers == 0
-    )  # fmt: skip
+    reader = _TrainReader(dataset, images, augment, seed, memory, indices, num_views=num_views, keeps=num_workers == 0)
     memory.forget_others("reduced", set(map(reader.key, np.unique(indices).tolist())))
     if num_workers and CAN_FORK and num_steps - first_step > steps_per_epoch(len(indices), batch_size):
         reader.read_ahead()
