@@ -113,7 +113,7 @@ class Record:
 
 
 def trained(training: Training) -> dict[str, Any]:
-    """Train in a folder that is thrown away; return the metrics by split and head, where it was, and its learning rate."""
+    """Train in a folder that is thrown away; return the metrics by split and head, where it was, and at which rate."""
     with tempfile.TemporaryDirectory() as folder, console.quiet():
         run = tes.train(tes.load_config(flags=training.flags | {"out": f"{folder}/run"}), against=False)
         processor = json.loads((run.path / "env.json").read_text(encoding="utf-8"))["processor"]
